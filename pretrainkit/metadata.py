@@ -1,0 +1,139 @@
+"""What a dataset is made of: `metadata.json` <-> `DatasetInfo`.
+
+Comes in: the facts a stage knows about the dataset it wrote. Goes out: one JSON file beside `index.json` that says which
+tokenizer, type, boundary rule and settings made the tokens, and accounts for every document. Guarantee: the file is a pure
+function of inputs and settings; it holds no time stamp, host name or path of the machine that wrote it, so the same inputs
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrainkit.errors import DatasetError
+from pretrainkit.registry import did_you_mean
+
+METADATA_FILENAME = "metadata.json"
+FORMAT_VERSION = 1
+
+Boundary = Literal["bos", "eos", "both"]
+TokenDtype = Literal["uint16", "int32"]
+
+# What can become of a document besides being kept. "tail" counts tokens, the others count documents.
+DROP_REASONS = ("empty", "null", "not_text", "too_long", "bad_file", "bad_row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """Which tokenizer made the ids; two datasets fit together when these are equal."""
+
+    name: str
+    """Folder name the tokenizer was read from; for people, not compared."""
+    sha256: str
+    """SHA-256 over the files that define the ids (tokenizer.json or tokenizer.model)."""
+    vocab_size: int
+    """Largest id the tokenizer can give, plus one (added tokens included)."""
+    bos_id: int | None = None
+    """Id written before each document, when the boundary rule says so."""
+    eos_id: int | None = None
+    """Id written after each document, when the boundary rule says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """One dataset: a node's output or a merged one, of one split."""
+
+    split: str
+    """"train" or "val"."""
+    tokenizer: TokenizerInfo
+    """Which tokenizer made the ids."""
+    token_dtype: TokenDtype
+    """Type of an id on disk; uint16 below 65,536 ids, else int32."""
+    boundary: Boundary
+    """Where boundary markers stand: exactly one at the chosen end (both: one at each end) of every document."""
+    block_size: int | None = None
+    """Tokens a chunk's count is a multiple of (a training block: model block_size + 1); None when not aligned."""
+    documents: int = 0
+    """Documents in this dataset."""
+    tokens: int = 0
+    """Tokens on disk, boundary markers included."""
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents in this dataset; tokens / text_bytes converts loss to bits per byte."""
+    chunks: int = 0
+    """Chunk files."""
+    max_token_id: int = 0
+    """Largest id that occurs; a model's padded vocabulary must exceed it."""
+    documents_in: int = 0
+    """Rows read from the inputs by the units behind this dataset, whatever became of them (both splits)."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows that became no document, by reason (see DROP_REASONS); documents_in = kept in all splits + sum(dropped)."""
+    tail_tokens: int = 0
+    """Tokens left out at the very end because they fill no whole block; 0 when block_size is None."""
+    document_lengths: dict[str, int] = field(default_factory=dict)
+    """Histogram: "2^k" -> documents of [2^k, 2^(k+1)) tokens, boundary markers included."""
+    plans: list[str] = field(default_factory=list)
+    """Hash of every plan behind this dataset."""
+    units: int = 0
+    """Work units whose output is here."""
+    units_planned: int = 0
+    """Work units the plans hold in all; equal to `units` when nothing is missing."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings that determine the bytes, as the plan fixed them."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that determine the bytes."""
+    format_version: int = FORMAT_VERSION
+    """Version of this file's layout."""
+
+    def to_json(self) -> str:
+        """This record as JSON text with sorted keys, ending in a newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = METADATA_FILENAME) -> DatasetInfo:
+        """Read `to_json` back.
+
+        Raises:
+            DatasetError: Not JSON, an unknown or missing key, or a newer layout; names `source`.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise DatasetError(f"{source} is not JSON ({error}); the dataset is damaged, make it again") from error
+        if not isinstance(raw, dict) or not isinstance(raw.get("tokenizer"), dict):
+            raise DatasetError(f"{source} holds no dataset description; the dataset is damaged, make it again")
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise DatasetError(
+                f"{source} has format_version {raw.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
+                "make the dataset again or install the version that wrote it"
+            )
+        tokenizer = _build(TokenizerInfo, raw.pop("tokenizer"), f"{source}: tokenizer")
+        return _build(cls, {**raw, "tokenizer": tokenizer}, source)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DatasetInfo:
+        """Read `folder/metadata.json`.
+
+        Raises:
+            DatasetError: The file is missing or damaged.
+        """
+        path = Path(folder) / METADATA_FILENAME
+        if not path.is_file():
+            raise DatasetError(f"{folder} has no {METADATA_FILENAME}; give a folder that optimize or merge wrote")
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _build(cls: type, values: dict[str, Any], source: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        near = did_you_mean(unknown[0], known)
+        raise DatasetError(f"{source} has an unknown key {unknown[0]!r} (near: {', '.join(near) or 'none'})")
+    required = {f.name for f in known.values() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise DatasetError(f"{source} lacks the key {missing[0]!r}; the dataset is damaged, make it again")
+    return cls(**values)
