@@ -14,12 +14,15 @@ from pretrainkit.errors import ConfigError
 
 
 def did_you_mean(wrong: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names closest to a misspelt one, best first; at most `limit`, ignoring case."""
+    """The names closest to a misspelt one, best first; at most `limit`, ignoring case; [] when nothing is near."""
     by_folded: dict[str, str] = {}
     for name in known:
         by_folded.setdefault(name.casefold(), name)
-    matches = difflib.get_close_matches(wrong.casefold(), by_folded, n=limit, cutoff=0.4)
-    return [by_folded[match] for match in matches]
+    for cutoff in (0.7, 0.4):  # far names only when there is no near one
+        matches = difflib.get_close_matches(wrong.casefold(), by_folded, n=limit, cutoff=cutoff)
+        if matches:
+            return [by_folded[match] for match in matches]
+    return []
 
 
 class Registry:

@@ -1,8 +1,8 @@
 """Who am I: rank, node, world size and granted CPUs, read from whatever scheduler started this process.
 
-Comes in: an environment mapping (never `os.environ` by itself, so that it is a pure function and testable). Goes out: one
-frozen `Topology`. Guarantee: half-set or contradicting variables are refused instead of guessed, because two processes
-that both believe to be rank 0 train on duplicated data without a word.
+Comes in: an environment mapping (never `os.environ` by itself, so that it is a pure function and testable). Goes out:
+one frozen `Topology`. Guarantee: half-set or contradicting variables are refused instead of guessed, because two
+processes that both believe to be rank 0 train on duplicated data without a word.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Topology:
 def detect(environ: Mapping[str, str]) -> Topology:
     """The place of this process, from torchrun, Slurm or a Kubernetes indexed job; one process when none is seen.
 
-    torchrun comes first, because `srun torchrun` sets both and torchrun's are the inner, right ones. A Slurm environment
-    without SLURM_STEP_ID is an allocation's shell, not one of its tasks, and counts as one process.
+    torchrun comes first, because `srun torchrun` sets both and torchrun's are the inner, right ones. A Slurm
+    environment without SLURM_STEP_ID is an allocation's shell, not one of its tasks, and counts as one process.
 
     Raises:
         LaunchError: A launcher's variables are incomplete, not numbers, or contradict each other.

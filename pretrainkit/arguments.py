@@ -1,0 +1,240 @@
+"""Command lines and YAML files -> the keyword arguments of a function.
+
+Comes in: a function whose signature is the schema, and the arguments as typed. Goes out: its keyword arguments,
+dataclasses built. Guarantee: whatever is wrong with an argument or a key ends in one `ConfigError` that names it, its
+value and what it takes; nothing is guessed, overwritten or dropped.
+
+jsonargparse does the parsing; this module adds what it leaves out: flags that win wherever they stand, bare switches,
+nearest names, duplicate keys, readable messages.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrainkit.errors import ConfigError
+from pretrainkit.registry import did_you_mean
+
+
+def parse(
+    function: Callable[..., Any],
+    arguments: Sequence[str],
+    *,
+    positional: Sequence[str] = (),
+    program: str | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments for `function` that a command line and its `--config` files stand for.
+
+    Raises:
+        ConfigError: An unknown or missing flag or key, or a value that does not fit its type.
+        SystemExit: 0 after `--help`.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = _build_parser(function, positional, program)
+    arguments, config_files = _prepare(list(arguments), parser)
+    for path in config_files:
+        _check_keys(path, load_yaml(path), parser)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(arguments))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(_readable(error, parser)) from error
+    return {name: value for name, value in vars(values).items() if name not in ("config", "debug")}
+
+
+def _build_parser(function: Callable[..., Any], positional: Sequence[str], program: str | None) -> Any:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=program,
+        description=" ".join((function.__doc__ or "").split("\n\n")[0].split()),
+        exit_on_error=False,
+        default_meta=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these keys; a flag wins over it.")
+    # --debug is taken out before parsing; it stands here for --help and for "did you mean".
+    parser.add_argument("--debug", action="store_true", help="Show a traceback instead of one line.")
+    parser.add_function_arguments(function, sub_configs=False)
+    for name in positional:
+        _make_positional(parser, name)
+    return parser
+
+
+def _make_positional(parser: Any, name: str) -> None:
+    """Let `--name VALUE` also be given by its place, keeping its type and help."""
+    action = next(action for action in parser._actions if action.dest == name)
+    parser.positional_names = [*getattr(parser, "positional_names", []), name]
+    action.help = f"(by place or by flag) {action.help or ''}".strip()
+
+
+def _actions(parser: Any) -> dict[str, Any]:
+    return {action.dest: action for action in parser._actions if action.dest not in ("help", "print_config")}
+
+
+def _prepare(arguments: list[str], parser: Any) -> tuple[list[str], list[Path]]:
+    """The arguments in the form jsonargparse wants, and the config files among them.
+
+    --config moves to the front, so that flags win wherever they stand; a bare switch gets its `=true`; values without
+    a flag get the flag whose place they hold. Unknown flags are refused here, with the nearest known ones.
+    """
+    by_option = {option: action for action in parser._actions for option in action.option_strings}
+    places = list(getattr(parser, "positional_names", []))
+    configs: list[str] = []
+    others: list[str] = []
+    index = 0
+    while index < len(arguments):
+        argument = arguments[index]
+        following = arguments[index + 1] if index + 1 < len(arguments) else None
+        index += 1
+        if not re.match(r"--?[A-Za-z]", argument):
+            others += _by_place(argument, places, parser)
+            continue
+        name, equals, _ = argument.partition("=")
+        _check_flag(name, by_option)
+        action = by_option.get(name)  # None for a key inside a free-form mapping, as in --model_config.n_layer
+        if equals or (action is not None and action.nargs == 0):
+            others.append(argument)
+        elif getattr(action, "_typehint", None) is bool and str(following).lower() not in ("true", "false"):
+            others.append(f"{name}=true")
+        elif following is None:
+            raise ConfigError(f"{name} needs a value; see --help")
+        else:
+            others.append(f"{name}={following}")
+            index += 1
+        if name == "--config":
+            configs.append(others.pop())
+        if name.lstrip("-") in places:
+            places.remove(name.lstrip("-"))
+    return configs + others, [Path(config.partition("=")[2]) for config in configs]
+
+
+def _by_place(value: str, places: list[str], parser: Any) -> list[str]:
+    if not places:
+        raise ConfigError(f"{value!r} belongs to no flag; write it as --flag={value}, see --help")
+    if "list" in str(getattr(_actions(parser)[places[0]], "_typehint", "")):
+        return [f"--{places[0]}+={value}"]  # a list takes every value that is left
+    return [f"--{places.pop(0)}={value}"]
+
+
+def _check_flag(name: str, by_option: dict[str, Any]) -> None:
+    if name in by_option or name.rstrip("+") in by_option:
+        return
+    if any(name.startswith(f"{option}.") and _is_free_form(action) for option, action in by_option.items()):
+        return
+    near = did_you_mean(name, by_option) or ["--help"]
+    raise ConfigError(f"unknown flag {name}; did you mean {' or '.join(near)}?")
+
+
+def _is_free_form(action: Any) -> bool:
+    return "dict" in str(getattr(action, "_typehint", "")).lower()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; this one refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, not a mapping, or has a key twice.
+    """
+    if not path.is_file():
+        siblings = [sibling.name for sibling in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, siblings)
+        raise ConfigError(
+            f"--config={path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not a mapping; write lines like `key: value`")
+    return content
+
+
+def _check_keys(path: Path, content: dict[Any, Any], parser: Any, prefix: str = "") -> None:
+    known = _actions(parser)
+    # A group has keys of its own; anything below a leaf (a free-form dict, a list) is checked by its type alone.
+    groups = {dest[: match.start()] for dest in known for match in re.finditer(r"\.", dest)}
+    for key, value in content.items():
+        dest = f"{prefix}{key}"
+        if dest not in known and dest not in groups:
+            siblings = {name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)}
+            raise ConfigError(
+                f"{path}: unknown key {dest!r}; did you mean {_alternatives(str(key), siblings, prefix)}?"
+            )
+        if dest in groups and isinstance(value, dict):
+            _check_keys(path, value, parser, f"{dest}.")
+
+
+def _alternatives(wrong: str, known: Iterable[str], prefix: str) -> str:
+    return " or ".join(prefix + name for name in did_you_mean(wrong, known) or sorted(known))
+
+
+def _readable(error: Exception, parser: Any) -> str:
+    """One line for one of jsonargparse's errors: the flag, the value, and what it should be."""
+    text = " ".join(str(error).split())
+    if isinstance(error.__cause__, ConfigError):
+        return str(error.__cause__)
+    missing = re.search(r'Key "([\w.]+)" is required', text)
+    if missing:
+        return f"--{missing[1]} is missing; see --help"
+    wrong = re.search(r'key "([\w.]+)"', text)
+    action = _actions(parser).get(wrong[1]) if wrong else None
+    if action is None:
+        return text
+    value = re.search(r"(?:Got|Given) value: (.*?)(?= Subtypes:| Errors:|$)", text)
+    given = f"={value[1]}" if value else ""
+    keys = sorted(dest for dest in _actions(parser) if dest.startswith(f"{action.dest}."))
+    if keys:
+        return f"--{action.dest} is a group; give its keys one by one, like --{keys[0]}"
+    hint = getattr(action, "_typehint", None)
+    return f"--{action.dest}{given} does not fit; it takes {_type_in_words(hint)}"
+
+
+def _type_in_words(hint: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        type(None): "null",
+    }
+    if hint in names:
+        return names[hint]
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin in (typing.Union, types.UnionType):
+        # null last: it is the rarer choice
+        return " or ".join(_type_in_words(a) for a in sorted(arguments, key=lambda argument: argument is type(None)))
+    if origin in (list, tuple) or "list" in str(hint).lower():
+        return "a list like [a, b]"
+    if origin is dict:
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))
