@@ -161,7 +161,7 @@ def length_histogram(lengths: Any) -> dict[str, int]:
     """Document lengths in tokens (1-D integer array, all > 0) -> {"2^k": count}, keys in ascending k."""
     import numpy as np
 
-    # frexp gives length = mantissa * 2**exponent with 0.5 <= mantissa < 1, so 2^k <= length < 2^(k+1) has exponent k + 1.
+    # frexp: length = mantissa * 2**exponent with 0.5 <= mantissa < 1, so 2^k <= length < 2^(k+1) has exponent k + 1.
     exponents = np.frexp(np.asarray(lengths, dtype=np.float64))[1]
     return {f"2^{k - 1}": int(count) for k, count in enumerate(np.bincount(exponents)) if count}
 
