@@ -1,0 +1,245 @@
+"""Named tensors -> files, and folders that appear whole or not at all.
+
+Guarantees: one tensor (for safetensors, one file's worth) is in memory at a time; what other processes see is the old
+output or the new one; an output is replaced only when our own manifest names everything in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import secrets
+import shutil
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pretrainkit.errors import CheckpointError, StorageError
+from pretrainkit.export.manifest import MANIFEST, read_manifest
+from pretrainkit.export.reading import LazyTensor
+from pretrainkit.storage import checksum, fsync_folder, storage_errors, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+_STORAGE_ALIGNMENT = 64  # what torch.save uses
+
+
+# --- One file of torch.save -----------------------------------------------------------------------------------------
+
+
+def write_torch_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what `torch.save(content, path)` writes, tensor by tensor, atomically.
+
+    Args:
+        path: File to make or replace.
+        content: Plain data whose tensors are `LazyTensor`.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with storage_errors(f"write {path}"), open(temporary, "xb") as file:
+            _write_archive(file, content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_archive(file: BinaryIO, content: Mapping[str, Any]) -> None:
+    import io
+
+    import torch
+
+    pickled = io.BytesIO()
+    pickler = _LazyPickler(pickled, protocol=2)
+    pickler.dump(content)
+    # Source: torch serialization.py _save - the records of a checkpoint, in this order.
+    archive = torch._C.PyTorchFileWriter(file, True, _STORAGE_ALIGNMENT)
+    records = {
+        "data.pkl": pickled.getvalue(),
+        ".format_version": b"1",
+        ".storage_alignment": str(_STORAGE_ALIGNMENT).encode(),
+        "byteorder": sys.byteorder.encode(),
+    }
+    for name, data in records.items():
+        archive.write_record(name, data, len(data))
+    for key, tensor in enumerate(pickler.tensors):
+        values = tensor.read().contiguous()
+        if values.untyped_storage().nbytes() != tensor.num_bytes:
+            values = values.clone()  # a view: write its own elements, not the storage it looks into
+        storage: Any = values.untyped_storage()  # torch's stub knows only the older class
+        archive.write_record(f"data/{key}", storage, tensor.num_bytes)
+    archive.write_end_of_file()
+
+
+class _Storage:
+    """Place of a tensor's bytes in the archive; the pickler turns it into torch's persistent id."""
+
+    def __init__(self, key: int, tensor: LazyTensor) -> None:
+        self.key = key
+        self.tensor = tensor
+
+
+class _LazyPickler(pickle.Pickler):
+    """Pickles a LazyTensor as the tensor that it will be, and remembers it for writing."""
+
+    def __init__(self, file: BinaryIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.tensors: list[LazyTensor] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, LazyTensor):
+            return NotImplemented
+        import torch
+
+        storage = _Storage(len(self.tensors), value)
+        self.tensors.append(value)
+        strides = torch.empty(value.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, strides, False, OrderedDict())
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        kind = _storage_class(value.tensor.dtype)
+        return ("storage", kind, str(value.key), "cpu", value.tensor.num_bytes // value.tensor.dtype.itemsize)
+
+
+def _storage_class(dtype: torch.dtype) -> type:
+    import torch
+
+    names = {
+        torch.float32: "FloatStorage",
+        torch.float64: "DoubleStorage",
+        torch.bfloat16: "BFloat16Storage",
+        torch.float16: "HalfStorage",
+        torch.int64: "LongStorage",
+        torch.int32: "IntStorage",
+        torch.uint8: "ByteStorage",
+        torch.bool: "BoolStorage",
+    }
+    if dtype not in names:
+        raise CheckpointError(f"weights of type {dtype} cannot be written; convert them to bfloat16 or float32 first")
+    kind: type = getattr(torch, names[dtype])
+    return kind
+
+
+# --- Safetensors ----------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> None:
+    """Write `model.safetensors`, or several with an index when they do not fit one file of `max_shard_bytes`."""
+    from safetensors.torch import save_file
+
+    shards = _split_shards(tensors, max_shard_bytes)
+    width = len(shards)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        filename = "model.safetensors" if width == 1 else f"model-{number:05d}-of-{width:05d}.safetensors"
+        # clone: save_file refuses views into one storage, which the parts of a fused projection are.
+        shard = {name: tensors[name].read().clone(memory_format=_contiguous()) for name in names}
+        with storage_errors(f"write {folder / filename}"):
+            save_file(shard, folder / filename, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, filename))
+    if width > 1:
+        total = sum(tensor.num_bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _contiguous() -> torch.memory_format:
+    import torch
+
+    return torch.contiguous_format
+
+
+def _split_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a file would exceed the limit; a larger tensor gets a file of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.num_bytes
+    return shards
+
+
+# --- Folders --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def publish_folder(output_dir: Path, kind: str) -> Iterator[Path]:
+    """A private folder to fill, which becomes `output_dir` when the block ends well, and vanishes when it does not.
+
+    Args:
+        output_dir: Folder to make, or an earlier output of the same kind to replace.
+        kind: What the folder is, for its manifest.
+
+    Raises:
+        StorageError: `output_dir` holds anything that an earlier run of this command did not write.
+    """
+    output_dir = output_dir.absolute()
+    _check_replaceable(output_dir, kind)
+    stage = output_dir.with_name(f".{output_dir.name}.{secrets.token_hex(4)}.tmp")
+    with storage_errors(f"write {output_dir}"):
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+            _seal(stage, kind)
+            _check_replaceable(output_dir, kind)  # a slow export: the folder may have changed
+            _swap(stage, output_dir)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
+def _seal(stage: Path, kind: str) -> None:
+    files = sorted(path for path in stage.rglob("*") if path.is_file())
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    entries = {
+        str(path.relative_to(stage)): {"bytes": path.stat().st_size, "xxh3_128": checksum(path)} for path in files
+    }
+    write_json(stage / MANIFEST, {"kind": kind, "files": entries})
+    fsync_folder(stage)
+
+
+def _swap(stage: Path, output_dir: Path) -> None:
+    if not output_dir.exists():
+        os.rename(stage, output_dir)
+    elif not any(output_dir.iterdir()):
+        output_dir.rmdir()
+        os.rename(stage, output_dir)
+    else:
+        old = stage.with_suffix(".old")
+        os.rename(output_dir, old)
+        os.rename(stage, output_dir)
+        shutil.rmtree(old)
+    fsync_folder(output_dir.parent)
+
+
+def _check_replaceable(output_dir: Path, kind: str) -> None:
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir():
+        raise StorageError(f"{output_dir} is a file; give a folder that does not exist yet")
+    names = {str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if not path.is_dir()}
+    manifest = read_manifest(output_dir)
+    known = {*manifest.files, MANIFEST} if manifest is not None and manifest.kind == kind else set()
+    if foreign := sorted(names - known):
+        others = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
+        raise StorageError(
+            f"{output_dir} holds {foreign[0]}{others}, which this command did not write; "
+            "give a folder that does not exist yet, or move them away"
+        )

@@ -1,0 +1,11 @@
+"""A checkpoint in many files -> one file: `python scripts/consolidate_checkpoint.py RUN/final`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare clone runs without being installed
+
+from pretrainkit.cli import run_command
+
+if __name__ == "__main__":
+    run_command("consolidate")
