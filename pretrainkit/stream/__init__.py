@@ -1,0 +1,27 @@
+"""Datasets as blocks of tokens in training order.
+
+    source      one dataset as a row of blocks, local or remote
+    order       which block comes when: a pure function of (seed, position)
+    loader      this rank's micro batches, made ahead by threads
+    validation  equally many batches on every rank
+    dataset     index -> block with its documents
+
+Nothing here depends on how many ranks, threads or restarts there are but which part of the same order a rank is given.
+"""
+
+from pretrainkit.stream.dataset import PretrainDataset
+from pretrainkit.stream.loader import BlockLoader
+from pretrainkit.stream.order import Mixture, SourceOrder
+from pretrainkit.stream.source import BlockSource, open_sources
+from pretrainkit.stream.validation import ValidationLoader, build_validation_loader
+
+__all__ = [
+    "BlockLoader",
+    "BlockSource",
+    "Mixture",
+    "PretrainDataset",
+    "SourceOrder",
+    "ValidationLoader",
+    "build_validation_loader",
+    "open_sources",
+]

@@ -1,0 +1,202 @@
+"""Blocks in training order, in micro batches, ahead of time.
+
+Comes in: opened sources, their weights, and this rank's place. Goes out: this rank's micro batches, step by step,
+without end. Guarantee: step s covers the same global samples on any number of ranks and loader threads, started
+anywhere; the digest proves it, because it is the same for the same tokens in the same places and adds up over ranks.
+
+Global sample s x global_batch_size + j is sample j of step s; rank r of W takes the r-th of W equal runs of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+from pretrainkit.errors import ConfigError
+from pretrainkit.stream.order import Mixture, SourceOrder
+from pretrainkit.stream.source import BlockSource
+
+# Blocks made by one task: enough to share the cost of working out their order, few enough to stay in the caches.
+_TASK_BLOCKS = 64
+_DIGEST_MASK = (1 << 63) - 1
+
+
+@dataclass
+class _Task:
+    """Some consecutive micro batches of this rank."""
+
+    tokens: torch.Tensor  # (micro batches, micro_batch, block_size + 1) int64
+    digests: list[int]  # of each micro batch
+
+
+class BlockLoader:
+    """An endless iterator over this rank's micro batches, `{"tokens": (micro_batch, block_size + 1) int64}`.
+
+    Args:
+        sources: From `open_sources`.
+        weights: Share of each source in the samples; None mixes nothing (one source).
+        micro_batch_size: Blocks per batch.
+        global_batch_size: Blocks per step over all ranks.
+        rank: This process.
+        world_size: Processes in all.
+        seed: Determines the order, with the sources.
+        shuffle: False reads every source in the order on disk.
+        start_step: First step to give; any step, at no cost.
+        num_workers: Threads that work ahead; 0 works when asked.
+        prefetch_batches: Micro batches held ready, at least.
+        pin_memory: Put batches where a GPU can fetch them by itself.
+
+    Raises:
+        ConfigError: The global batch is not a multiple of micro batch x world size.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[BlockSource],
+        *,
+        weights: Sequence[float] | None = None,
+        micro_batch_size: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 42,
+        shuffle: bool = True,
+        start_step: int = 0,
+        num_workers: int = 1,
+        prefetch_batches: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ConfigError(
+                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size x world_size = "
+                f"{micro_batch_size} x {world_size}"
+            )
+        self.sources = list(sources)
+        self._mixture = Mixture(weights or [1.0] * len(self.sources))
+        self._orders = [
+            SourceOrder(source.segment_starts, seed=seed, source=index, shuffle=shuffle)
+            for index, source in enumerate(self.sources)
+        ]
+        self._micro_batch, self._global_batch = micro_batch_size, global_batch_size
+        self._rank, self._world_size = rank, world_size
+        self.micro_batches_per_step = global_batch_size // (micro_batch_size * world_size)
+        self._pin_memory = pin_memory
+        self._task_batches = max(1, _TASK_BLOCKS // micro_batch_size)
+        self._start = start_step * self.micro_batches_per_step
+        self._given = 0  # micro batches since the start
+        self._digest = 0
+        self._windows: list[tuple[int, int] | None] = [None] * len(self.sources)
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
+        self._tasks_ahead = -(-prefetch_batches // self._task_batches) if num_workers else 0
+        self._pending: deque[Future[_Task]] = deque()
+        self._next_task = self._start  # first micro batch of the next task to begin
+        self._ready: Iterator[tuple[torch.Tensor, int]] = iter(())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in one pass over every source."""
+        return sum(source.num_blocks for source in self.sources)
+
+    @property
+    def step(self) -> int:
+        """Steps whose micro batches have all been given, counted from the beginning of the run."""
+        return (self._start + self._given) // self.micro_batches_per_step
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = next(self._ready, None)
+        if batch is None:
+            task = self._take_task()
+            self._ready = zip(task.tokens, task.digests, strict=True)
+            batch = next(self._ready)
+        tokens, digest = batch
+        self._given += 1
+        self._digest = (self._digest + digest) & _DIGEST_MASK
+        return {"tokens": tokens}
+
+    def digest(self) -> int:
+        """Digest of the tokens given since the last call.
+
+        Its sum over ranks, modulo 2^63, is the same on any topology.
+        """
+        digest, self._digest = self._digest, 0
+        return digest
+
+    def tokens_per_source(self, step: int | None = None) -> dict[str, int]:
+        """Tokens trained on from each source's folder in the first `step` steps, over all ranks; exact.
+
+        Args:
+            step: None takes the steps given so far.
+        """
+        samples = (self.step if step is None else step) * self._global_batch
+        counts = self._mixture.samples_per_source(samples)
+        return {
+            source.folder: count * (source.block_tokens - 1) for source, count in zip(self.sources, counts, strict=True)
+        }
+
+    def close(self) -> None:
+        """Stop the threads, and let go of the sources. The loader cannot be used afterwards."""
+        for future in self._pending:
+            future.cancel()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        for source in self.sources:
+            source.close()
+
+    def samples(self, first: int, count: int) -> np.ndarray:
+        """Global sample numbers of `count` micro batches of this rank from its `first` on, (count x micro_batch,)."""
+        batches = np.arange(first, first + count)
+        steps, within = np.divmod(batches, self.micro_batches_per_step)
+        per_rank = self._global_batch // self._world_size
+        starts = steps * self._global_batch + self._rank * per_rank + within * self._micro_batch
+        numbers: np.ndarray = starts[:, None] + np.arange(self._micro_batch)
+        return numbers.ravel()
+
+    def _take_task(self) -> _Task:
+        if self._pool is None:
+            return self._make_task(self._advance())
+        while len(self._pending) <= self._tasks_ahead:
+            self._pending.append(self._pool.submit(self._make_task, self._advance()))
+        return self._pending.popleft().result()
+
+    def _advance(self) -> int:
+        first, self._next_task = self._next_task, self._next_task + self._task_batches
+        return first
+
+    def _make_task(self, first: int) -> _Task:
+        samples = self.samples(first, self._task_batches)
+        chosen, positions = self._mixture.split(samples)
+        tokens = torch.empty(
+            (len(samples), self.sources[0].block_tokens), dtype=torch.int64, pin_memory=self._pin_memory
+        )
+        rows = tokens.numpy()
+        hashes = np.empty(len(samples), dtype=np.uint64)
+        for index, (source, order) in enumerate(zip(self.sources, self._orders, strict=True)):
+            places = np.flatnonzero(chosen == index) if len(self.sources) > 1 else np.arange(len(samples))
+            if not len(places):
+                continue
+            self._prefetch(index, int(positions[places[0]]))
+            views = source.views(order.blocks(positions[places]))
+            for place, sample, view in zip(places.tolist(), samples[places].tolist(), views, strict=True):
+                rows[place] = view
+                # Seeded with its place in the global order, so that a swap of two blocks shows.
+                hashes[place] = xxhash.xxh3_64_intdigest(view.data, seed=sample)
+        digests = hashes.reshape(self._task_batches, -1).sum(axis=1) & np.uint64(_DIGEST_MASK)
+        return _Task(tokens.view(self._task_batches, self._micro_batch, -1), [int(digest) for digest in digests])
+
+    def _prefetch(self, index: int, position: int) -> None:
+        """Where a source enters a window of its shuffle, have that one and the next fetched."""
+        order = self._orders[index]
+        window = order.window_number(position)
+        if window != self._windows[index]:
+            self._windows[index] = window
+            for ahead in (0, 1):
+                self.sources[index].prefetch(order.window_segments(position, ahead))
