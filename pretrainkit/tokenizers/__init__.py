@@ -1,9 +1,9 @@
 """Text -> token ids: one small interface, one file per engine.
 
 Comes in: an Arrow array of strings. Goes out: one flat NumPy array of ids and one of document ends; no Python object
-per token, and none per document where the engine allows it. Guarantee: the ids are those of Hugging Face `tokenizers` (of
-`sentencepiece` for a tokenizer.model) for the text alone: nothing is added, cut or padded, and a special token's name
-inside a document is text, never its id.
+per token, and none per document where the engine allows it. Guarantee: the ids are those of Hugging Face `tokenizers`
+(of `sentencepiece` for a tokenizer.model) for the text alone: nothing is added, cut or padded, and a special token's
+name inside a document is text, never its id.
 """
 
 from __future__ import annotations

@@ -1,0 +1,129 @@
+"""Shards -> documents: Parquet and JSON Lines, read in bounded batches, every bad piece located.
+
+Comes in: a shard and a range of it (row groups or bytes). Goes out: batches of clean text as Arrow string arrays, with
+a count of what was dropped and where. Guarantees: a batch's text is valid UTF-8 without nulls or empty strings; rows
+read = texts + dropped; no Python object per document unless something is wrong with it; memory is bounded by a batch,
+whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pretrainkit.errors import ConfigError, InputError
+from pretrainkit.records import Failure, SourceRange
+from pretrainkit.storage import ListedFile
+
+SUFFIXES = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+}
+
+# Text per batch: large enough that fixed costs vanish, small enough that text and ids stay near the processor's caches.
+BATCH_BYTES = 4 << 20
+
+OnBadInput = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The smallest range a shard can be cut into."""
+
+    start: int
+    """First row group or byte."""
+    stop: int
+    """One past the last."""
+    text_bytes: int
+    """Estimated bytes of text in it, uncompressed."""
+    rows: int | None
+    """Rows in it, where the file says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """What planning learns of a shard without reading its text."""
+
+    kind: Literal["row_group", "byte", "file"]
+    """What pieces count; "file" when the shard cannot be used."""
+    fingerprint: str
+    """Changes when the file changes."""
+    pieces: tuple[Piece, ...] = ()
+    """Its pieces in order."""
+    problem: str | None = None
+    """Why the shard cannot be used at all, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentBatch:
+    """A run of rows of one shard, cleaned."""
+
+    texts: Any
+    """`pyarrow.StringArray` or `LargeStringArray`: valid UTF-8, no nulls, no empty strings, in row order."""
+    rows: int
+    """Rows read; len(texts) + sum(dropped.values())."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows left out, by reason (metadata.DROP_REASONS)."""
+    failures: tuple[Failure, ...] = ()
+    """Where bad input stood; empty and null texts are counted in `dropped` alone."""
+
+
+def shard_format(name: str) -> str:
+    """ "parquet" or "jsonl", by the end of a file's name."""
+    return next(kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix))
+
+
+def inspect_shard(file: ListedFile, text_column: str) -> ShardInfo:
+    """What a shard consists of, from its footer or its size; a shard that cannot be used is described, not raised."""
+    if file.problem is not None:
+        return ShardInfo(kind="file", fingerprint="", problem=file.problem)
+    from pretrainkit.documents import jsonl, parquet
+
+    module = parquet if shard_format(file.name) == "parquet" else jsonl
+    info: ShardInfo = module.inspect(file, text_column)
+    return info
+
+
+def read_range(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
+    """The documents of one range of a shard, in order.
+
+    Args:
+        path: Where to open the shard.
+        source: Which part of it; `source.shard` names it in failures.
+        text_column: Column that holds the text.
+    """
+    from pretrainkit.documents import jsonl, parquet
+
+    module = parquet if shard_format(source.shard) == "parquet" else jsonl
+    batches: Iterator[DocumentBatch] = module.read(path, source, text_column)
+    return batches
+
+
+def unusable(source: SourceRange, problem: str) -> DocumentBatch:
+    """A batch that stands for a shard nothing can be read from; one row, for its rows cannot be counted."""
+    import pyarrow as pa
+
+    failure = Failure(shard=source.shard, row_group=None, row=None, reason="bad_file", detail=problem)
+    return DocumentBatch(texts=pa.array([], pa.string()), rows=1, dropped={"bad_file": 1}, failures=(failure,))
+
+
+def refuse_all_bad(problems: list[tuple[str, str]]) -> InputError:
+    """The error for shards that cannot be used: names the first few and says how to go on without them."""
+    shown = "; ".join(f"{name}: {problem}" for name, problem in problems[:5])
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return InputError(
+        f"{len(problems)} input file(s) cannot be used: {shown}{more}. --on_bad_input=skip goes on without"
+    )
+
+
+def check_text_column(name: str) -> None:
+    """Refuse a column name that no file can have.
+
+    Raises:
+        ConfigError: The name is empty.
+    """
+    if not name:
+        raise ConfigError("text_column is empty; name the column that holds the text")

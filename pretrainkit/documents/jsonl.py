@@ -1,0 +1,200 @@
+"""JSON Lines shards, plain or compressed: plain ones cut into byte ranges, read in blocks of whole lines."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo
+from pretrainkit.documents.cleaning import clean
+from pretrainkit.errors import PretrainKitError
+from pretrainkit.records import Failure, SourceRange
+from pretrainkit.storage import ListedFile, open_input
+
+_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+_FINGERPRINT_BYTES = 1 << 16
+_PIECE_BYTES = 4 << 20
+_READ_BYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Typical for text; compressed files do not say how large they are inside.
+_ASSUMED_COMPRESSION_RATIO = 4
+
+
+def inspect(file: ListedFile, text_column: str) -> ShardInfo:
+    """Byte ranges of a shard; a compressed one is one piece, for it cannot be entered in the middle."""
+    import pyarrow as pa
+    import xxhash
+
+    try:
+        digest = xxhash.xxh3_64()
+        with open_input(file.path) as source:
+            digest.update(source.read(_FINGERPRINT_BYTES))
+            source.seek(max(0, file.size - _FINGERPRINT_BYTES))
+            digest.update(source.read(_FINGERPRINT_BYTES))
+        problem = _first_line_problem(file.path, text_column)
+    except (OSError, pa.ArrowException, PretrainKitError) as error:
+        return ShardInfo(kind="file", fingerprint="", problem=" ".join(str(error).split()))
+    if problem is not None:
+        return ShardInfo(kind="file", fingerprint=digest.hexdigest(), problem=problem)
+    if _compression(file.path) is not None:
+        size = file.size * _ASSUMED_COMPRESSION_RATIO
+        pieces = [Piece(start=0, stop=0, text_bytes=size, rows=None)] if file.size else []
+    else:
+        bounds = [*range(0, file.size, _PIECE_BYTES), file.size]
+        pieces = [Piece(start=a, stop=b, text_bytes=b - a, rows=None) for a, b in itertools.pairwise(bounds)]
+    return ShardInfo(kind="byte", fingerprint=digest.hexdigest(), pieces=tuple(pieces))
+
+
+def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
+    """The documents of the lines that begin in bytes `source.start` .. `source.stop`; of the whole file when stop is 0."""
+    import pyarrow as pa
+
+    position = source.start
+    try:
+        for position, block in _blocks(path, source.start, source.stop):
+            yield _parse(block, position, source, text_column)
+    except (OSError, pa.ArrowException) as error:
+        detail = f"{' '.join(str(error).split())} (after byte {position} of the text)"
+        failure = Failure(shard=source.shard, row_group=None, row=None, reason="bad_file", detail=detail)
+        yield DocumentBatch(texts=pa.array([], pa.string()), rows=1, dropped={"bad_file": 1}, failures=(failure,))
+
+
+def _compression(path: str) -> str | None:
+    return next((kind for suffix, kind in _COMPRESSION.items() if path.endswith(suffix)), None)
+
+
+def _open(path: str) -> Any:
+    import pyarrow as pa
+
+    compression = _compression(path)
+    file = open_input(path)
+    return file if compression is None else pa.CompressedInputStream(file, compression)
+
+
+def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(position, whole lines) of about BATCH_BYTES each; a longer line makes a longer block."""
+    with _open(path) as file:
+        position, rest = start, b""
+        if start > 0:  # the line that begins before belongs to the range before
+            file.seek(start - 1)
+            position, rest = _skip_line(file, start - 1)
+        while stop == 0 or position < stop:
+            block, rest = _whole_lines(file, rest)
+            if stop and position + len(block) > stop:  # only the lines that begin before stop
+                block = block[: block.find(b"\n", stop - position - 1) + 1 or len(block)]
+            if not block:
+                return
+            yield position, block
+            position += len(block)
+
+
+def _whole_lines(file: Any, rest: bytes) -> tuple[bytes, bytes]:
+    """Lines of at least BATCH_BYTES in all, or what is left of the file, and the beginning of the next line."""
+    parts, size, has_newline = [rest], len(rest), b"\n" in rest
+    while size < BATCH_BYTES or not has_newline:
+        data = file.read(_READ_BYTES)
+        if not data:
+            return b"".join(parts), b""
+        parts.append(data)
+        size += len(data)
+        has_newline = has_newline or b"\n" in data
+    block = b"".join(parts)
+    cut = block.rfind(b"\n") + 1
+    return block[:cut], block[cut:]
+
+
+def _skip_line(file: Any, position: int) -> tuple[int, bytes]:
+    """Where the next line begins, and what was read of it."""
+    while data := file.read(_READ_BYTES):
+        end = data.find(b"\n")
+        if end >= 0:
+            return position + end + 1, data[end + 1 :]
+        position += len(data)
+    return position, b""
+
+
+def _parse(block: bytes, position: int, source: SourceRange, text_column: str) -> DocumentBatch:
+    """One block of whole lines, by Arrow's parser; line by line where that finds something wrong."""
+    import pyarrow as pa
+    import pyarrow.json
+
+    def locate(index: int, reason: str, detail: str) -> Failure:
+        detail = f"{detail} (row {index} of the lines from byte {position})"
+        return Failure(shard=source.shard, row_group=None, row=None, reason=reason, detail=detail)
+
+    if position == 0:
+        block = block.removeprefix(_BYTE_ORDER_MARK)
+    if not block.strip():
+        return DocumentBatch(texts=pa.array([], pa.string()), rows=0)
+    try:
+        table = pyarrow.json.read_json(
+            pa.BufferReader(block),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+            parse_options=pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema([(text_column, pa.string())]), unexpected_field_behavior="ignore"
+            ),
+        )
+    except pa.ArrowException:
+        return _parse_lines(block, position, source, text_column)
+    column = table.column(0)
+    return clean(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks(), locate)
+
+
+def _parse_lines(block: bytes, position: int, source: SourceRange, text_column: str) -> DocumentBatch:
+    """The slow way, for a block with something wrong in it: every line by itself."""
+    import pyarrow as pa
+
+    texts: list[bytes | None] = []
+    failures: list[Failure] = []
+    starts: list[int] = []
+    for line in block.split(b"\n"):
+        if line.strip():
+            try:
+                value = _text_of(line, text_column)
+                texts.append(value)
+                starts.append(position)
+            except ValueError as error:
+                reason = "not_text" if isinstance(error, _NotTextError) else "bad_row"
+                detail = f"{' '.join(str(error).split())} (line at byte {position})"
+                failures.append(Failure(shard=source.shard, row_group=None, row=None, reason=reason, detail=detail))
+        position += len(line) + 1
+
+    def locate(index: int, reason: str, detail: str) -> Failure:
+        detail = f"{detail} (line at byte {starts[index]})"
+        return Failure(shard=source.shard, row_group=None, row=None, reason=reason, detail=detail)
+
+    return clean(pa.array(texts, pa.large_binary()), locate, tuple(failures))
+
+
+class _NotTextError(ValueError):
+    """The text column holds something else."""
+
+
+def _text_of(line: bytes, text_column: str) -> bytes | None:
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object")  # noqa: TRY004 - one bad row, like a syntax error
+    value = row.get(text_column)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _NotTextError(f"{text_column!r} is a {type(value).__name__}, not text")
+    return value.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+
+
+def _first_line_problem(path: str, text_column: str) -> str | None:
+    """Why the text column cannot be found, by the first line; None when it can, or when that line is broken."""
+    with _open(path) as file:
+        line = file.read(_READ_BYTES).removeprefix(_BYTE_ORDER_MARK).split(b"\n", 1)[0]
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None  # reading will locate it, or the line is longer than a megabyte
+    if isinstance(row, dict) and text_column not in row:
+        return f"has no key {text_column!r}; its first line has {', '.join(row) or 'none'} (--text_column)"
+    return None

@@ -1,0 +1,133 @@
+"""Parquet shards: footers for planning, row groups streamed page by page for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo
+from pretrainkit.documents.cleaning import clean
+from pretrainkit.errors import PretrainKitError
+from pretrainkit.records import Failure, SourceRange
+from pretrainkit.storage import ListedFile, is_remote, open_input
+
+# A dictionary-encoded column says how large its distinct values are, not its text: rows bound the batch as well.
+_MAX_BATCH_ROWS = 8192
+_FINGERPRINT_BYTES = 1 << 16
+
+
+def inspect(file: ListedFile, text_column: str) -> ShardInfo:
+    """Row groups and text bytes of a shard, from its footer."""
+    import pyarrow as pa
+    import xxhash
+
+    try:
+        with open_input(file.path) as source:
+            # The footer lies at the end and holds every offset, size and statistic: it changes with the contents.
+            source.seek(max(0, file.size - _FINGERPRINT_BYTES))
+            fingerprint = xxhash.xxh3_64_hexdigest(source.read(_FINGERPRINT_BYTES))
+            parquet = _open(source)
+            problem = _column_problem(parquet, text_column)
+            if problem is not None:
+                return ShardInfo(kind="file", fingerprint=fingerprint, problem=problem)
+            return ShardInfo(kind="row_group", fingerprint=fingerprint, pieces=tuple(_pieces(parquet, text_column)))
+    except (OSError, pa.ArrowException, PretrainKitError) as error:
+        return ShardInfo(kind="file", fingerprint="", problem=_in_words(error))
+
+
+def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
+    """The documents of row groups `source.start` .. `source.stop`, whatever happens to one of them."""
+    import pyarrow as pa
+
+    try:
+        file = open_input(path)
+        parquet = _open(file, prefetch=is_remote(path))
+        sizes = [piece.text_bytes for piece in _pieces(parquet, text_column)]
+    except (OSError, pa.ArrowException, PretrainKitError) as error:
+        # It could be opened when the plan was made: something happened to it since.
+        yield _bad_rows(source, None, None, 1, _in_words(error))
+        return
+    with file:
+        for row_group in range(source.start, source.stop):
+            yield from _read_row_group(parquet, row_group, sizes[row_group], source, text_column)
+
+
+def _read_row_group(
+    parquet: Any, row_group: int, text_bytes: int, source: SourceRange, text_column: str
+) -> Iterator[DocumentBatch]:
+    import pyarrow as pa
+
+    num_rows = parquet.metadata.row_group(row_group).num_rows
+    batch_rows = min(_MAX_BATCH_ROWS, max(1, BATCH_BYTES * num_rows // max(1, text_bytes)))
+    row = 0
+    batches = parquet.iter_batches(batch_rows, row_groups=[row_group], columns=[text_column], use_threads=False)
+    while row < num_rows:
+        try:
+            column = next(batches).column(0)
+        except (OSError, pa.ArrowException, StopIteration) as error:
+            yield _bad_rows(source, row_group, row, num_rows - row, _in_words(error))
+            return
+        first = row
+
+        def locate(index: int, reason: str, detail: str, first: int = first) -> Failure:
+            return Failure(shard=source.shard, row_group=row_group, row=first + index, reason=reason, detail=detail)
+
+        yield clean(column, locate)
+        row += len(column)
+
+
+def _bad_rows(source: SourceRange, row_group: int | None, row: int | None, num_rows: int, detail: str) -> DocumentBatch:
+    import pyarrow as pa
+
+    detail = f"{detail} ({num_rows} rows from here)" if row_group is not None else detail
+    failure = Failure(shard=source.shard, row_group=row_group, row=row, reason="bad_file", detail=detail)
+    return DocumentBatch(
+        texts=pa.array([], pa.string()), rows=num_rows, dropped={"bad_file": num_rows}, failures=(failure,)
+    )
+
+
+def _open(source: Any, *, prefetch: bool = False) -> Any:
+    import pyarrow.parquet as pq
+
+    # buffer_size makes Arrow read a column chunk in pieces instead of whole; pre_buffer, for remote files, fetches the
+    # ranges ahead. page_checksum_verification finds pages that changed since they were written, where there is a CRC.
+    return pq.ParquetFile(
+        source, page_checksum_verification=True, pre_buffer=prefetch, buffer_size=0 if prefetch else 1 << 20
+    )
+
+
+def _column_problem(parquet: Any, text_column: str) -> str | None:
+    """Why a file's text column cannot be used, or None."""
+    import pyarrow as pa
+
+    schema = parquet.schema_arrow
+    indices = schema.get_all_field_indices(text_column)
+    if not indices:
+        return f"has no column {text_column!r}; it has {', '.join(schema.names) or 'none'} (--text_column)"
+    if len(indices) > 1:
+        return f"has {len(indices)} columns named {text_column!r}; which one is meant cannot be said"
+    kind = schema.field(indices[0]).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
+             types.is_binary_view, types.is_fixed_size_binary)  # fmt: skip
+    if not any(test(kind) for test in tests):
+        return f"column {text_column!r} holds {kind}, not text (--text_column)"
+    return None
+
+
+def _pieces(parquet: Any, text_column: str) -> Iterator[Piece]:
+    metadata = parquet.metadata
+    if metadata.num_row_groups == 0:
+        return
+    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    leaf = names.index(text_column)
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        yield Piece(
+            start=index, stop=index + 1, text_bytes=group.column(leaf).total_uncompressed_size, rows=group.num_rows
+        )
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split()) or f"ends before its last row ({type(error).__name__})"
