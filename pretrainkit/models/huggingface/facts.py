@@ -50,7 +50,7 @@ def architecture_facts(config: Config) -> Facts:
         "bias": bias,
         "lm_head_bias": config.lm_head_bias,
         "head_size": "n_embd / n_head" if config.head_size * config.n_head == config.n_embd else "own",
-        "rotary": "full" if config.rope_n_elem == config.head_size else "partial",
+        "rotary": _rotary(config),
         "rope_scaling": rope_scaling(config),
         "rope_interleave": config.rope_interleave,
         "local_rope": config.rope_local_base_freq is not None,
@@ -80,6 +80,12 @@ def _norm_positions(config: Config) -> str:
         ((False, False), (True, True)): "after",
     }
     return known.get((before, after), "irregular")
+
+
+def _rotary(config: Config) -> str:
+    if config.rope_n_elem % 2:
+        return "an odd part"  # transformers rotates pairs only
+    return "full" if config.rope_n_elem == config.head_size else "partial"
 
 
 def rope_scaling(config: Config) -> str:

@@ -19,7 +19,6 @@ def _common(config: Config) -> dict[str, Any]:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_query_groups,
-        "head_dim": config.head_size,
         "max_position_embeddings": config.block_size,
         "rope_theta": config.rope_base,  # what transformers 4 reads; transformers 5 reads rope_parameters
         "rope_parameters": _rope_parameters(config),
@@ -46,7 +45,12 @@ def _rope_parameters(config: Config) -> dict[str, Any]:
 
 
 def _rms(config: Config) -> dict[str, Any]:
-    return {**_common(config), "rms_norm_eps": config.norm_eps, "hidden_act": "silu"}
+    return {
+        **_common(config),
+        "head_dim": config.head_size,  # the other architectures have n_embd / n_head only
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+    }
 
 
 def _gelu(config: Config) -> str:
