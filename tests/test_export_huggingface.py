@@ -74,7 +74,6 @@ def make_config(name: str, changes: dict[str, object]) -> Config:
 def save_litgpt_folder(folder: Path, config: Config, *, tied: bool = False, seed: int = 0) -> GPT:
     """A litgpt folder with random weights (no parameter is 0 or 1, so that a lost one shows)."""
 
-
     torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrainkit.errors import ModelError
 from pretrainkit.export.mapping import huggingface_tensors
-from pretrainkit.export.modelcard import write_model_card
+from pretrainkit.export.modelcard import CARD_FILENAME, write_model_card
 from pretrainkit.export.sources import ExportDtype, TrainedModel, open_model
 from pretrainkit.export.tokenizer import copy_tokenizer, generation_config, tell_transformers
 from pretrainkit.export.writing import publish_folder, write_safetensors
@@ -55,7 +55,7 @@ def export_hf(
         PosixPath('HF_DIR')
     """
     output_dir = Path(output_dir)
-    with publish_folder(output_dir, "huggingface") as stage:
+    with publish_folder(output_dir, CARD_FILENAME) as stage:
         model = open_model(Path(checkpoint_dir), dtype=dtype, model_name=model_name, tokenizer_dir=tokenizer_dir)
         family = family_of(model.config)
         tied = model.is_tied()
@@ -64,7 +64,7 @@ def export_hf(
         config = transformers_config(model.config, dtype=model.dtype, tied=tied, bos_id=ids.bos_id, eos_id=ids.eos_id)
         write_json(stage / "config.json", config)
         write_json(stage / "generation_config.json", generation_config(ids))
-        write_model_card(stage / "README.md", model, family)
+        write_model_card(stage / CARD_FILENAME, model, family)
         write_safetensors(stage, huggingface_tensors(model, tied=tied), max_shard_bytes)
         if verify:
             difference = logit_difference(model, stage)

@@ -51,7 +51,7 @@ def convert_pretrained_checkpoint(
     import yaml
 
     output_dir = Path(output_dir)
-    with publish_folder(output_dir, "litgpt") as stage:
+    with publish_folder(output_dir, WEIGHTS_NAME) as stage:
         model = open_model(Path(checkpoint_dir), dtype=dtype, model_name=model_name, tokenizer_dir=tokenizer_dir)
         ids = copy_tokenizer(model.tokenizer, stage, model.config.padded_vocab_size)
         (stage / MODEL_CONFIG).write_text(yaml.dump(asdict(model.config)), encoding="utf-8")

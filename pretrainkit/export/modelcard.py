@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pretrainkit.export.sources import TrainedModel
     from pretrainkit.models.huggingface import Family
 
+CARD_FILENAME = "README.md"  # what the hub shows
+
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -71,8 +73,8 @@ def _training_facts(state_file: Path) -> dict[str, str]:
     if not state_file.is_file():
         return {}
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
+        state = json.loads(state_file.read_text(encoding="utf-8"))["state"]
+    except (ValueError, KeyError, TypeError):
+        return {}  # another program's state.json
     named = {"Training steps": "step", "Training tokens": "tokens"}
     return {title: f"{state[key]:,}" for title, key in named.items() if isinstance(state.get(key), int)}

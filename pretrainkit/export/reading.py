@@ -93,17 +93,22 @@ def _plain_names(tensors: Tensors) -> Tensors:
 def _read_folder(folder: Path) -> Tensors:
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-    metadata = _read_metadata(folder / DCP_METADATA)
-    names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
+    from pretrainkit.train.dcp import PlainReader
+
+    metadata = PlainReader(folder).read_metadata()
+    stored: dict[Any, Any] = metadata.storage_data or {}
+    entries = {
+        name: entry for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+    }
     tensors: Tensors = {}
-    for name, short in _model_part(names).items():
-        entry = metadata.state_dict_metadata[name]
+    for name, short in _model_part(entries).items():
         pieces = []
-        for chunk in entry.chunks:
-            stored = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if stored is None:
+        for chunk in entries[name].chunks:
+            place = stored.get(MetadataIndex(name, chunk.offsets))
+            if place is None:
                 raise CheckpointError(f"{folder}: {name} has a part without a file; the checkpoint is damaged")
-            pieces.append(_Piece(tuple(chunk.offsets), tuple(chunk.sizes), _piece_path(folder, stored), stored))
+            pieces.append(_Piece(tuple(chunk.offsets), tuple(chunk.sizes), _piece_path(folder, place), place))
+        entry = entries[name]
         tensors[short] = _sharded_tensor(name, tuple(entry.size), entry.properties.dtype, pieces)
     return tensors
 
@@ -181,55 +186,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-_DCP_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "collections": ("OrderedDict",),
-    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
-    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # Python 3.13 and later
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds DCP's own records; a name outside of them ends the reading."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _DCP_CLASSES.get(module, ()) or (module == "torch" and _is_plain_torch_name(name)):
-            return super().find_class(module, name)
-        raise CheckpointError(f"its {DCP_METADATA} wants to load {module}.{name}, which no checkpoint needs")
-
-
-def _is_plain_torch_name(name: str) -> bool:
-    import torch
-
-    return name == "Size" or isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-
-
-def _read_metadata(path: Path) -> Any:
-    from torch.distributed.checkpoint.metadata import Metadata
-
-    try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path.parent}: {error}; do not trust it") from error
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); the checkpoint is damaged") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} is not a checkpoint's metadata; the checkpoint is damaged")
-    return metadata
-
-
 # --- Files of torch.save --------------------------------------------------------------------------------------------
 
 
@@ -250,13 +206,20 @@ _TENSOR_BUILDERS = {
 }
 
 
+def _is_plain_torch_name(name: str) -> bool:
+    import torch
+
+    plain = torch.dtype | torch.layout
+    return name in ("Size", "Tensor", "device") or isinstance(getattr(torch, name, None), plain)
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Builds tensors and plain data; any other class becomes `_Inert`, so no file's code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _TENSOR_BUILDERS.get(module, ()):
             return super().find_class(module, name)
-        if module == "torch" and (name in ("Tensor", "device") or _is_plain_torch_name(name)):
+        if module == "torch" and _is_plain_torch_name(name):
             return super().find_class(module, name)
         return _Inert
 

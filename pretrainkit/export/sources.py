@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pretrainkit.errors import CheckpointError, ModelError
-from pretrainkit.export.manifest import MANIFEST, read_manifest, verify_files
 from pretrainkit.export.reading import DCP_METADATA, Tensors, read_weights
 from pretrainkit.export.tokenizer import find_tokenizer
 from pretrainkit.registry import did_you_mean
+from pretrainkit.train.manifest import MANIFEST_FILENAME, read_manifest, verify_files
+from pretrainkit.train.state import STATE_FILENAME
 
 if TYPE_CHECKING:
     from litgpt import Config
@@ -75,16 +76,15 @@ def _checkpoint_at(path: Path) -> Checkpoint | None:
 
 
 def _newest_of_run(run: Path) -> Checkpoint:
-    steps = sorted(run.glob("step-*"), key=_step_number, reverse=True)
     damaged = []
-    for folder in [run / "final", *steps]:
+    for folder in _checkpoints_of_run(run):
         try:
-            checkpoint = _checkpoint_at(folder) if folder.is_dir() else None
+            checkpoint = _checkpoint_at(folder)
             if checkpoint is None:
                 continue
             _verify(checkpoint)
         except CheckpointError as error:
-            _log.warning("passing over %s: %s", folder, error)
+            _log.warning("passed over a damaged checkpoint: %s", error)
             damaged.append(folder.name)
             continue
         _log.info("taking %s", folder)
@@ -97,19 +97,32 @@ def _newest_of_run(run: Path) -> Checkpoint:
     )
 
 
+def _checkpoints_of_run(run: Path) -> list[Path]:
+    """Our finished checkpoints, newest first, then what litgpt lays out the same way without a manifest."""
+    from pretrainkit.train.checkpoint import complete_checkpoints
+
+    finished = complete_checkpoints(run)
+    others = [run / "final", *sorted(run.glob("step-*"), key=_step_number, reverse=True)]
+    return finished + [folder for folder in others if folder.is_dir() and folder not in finished]
+
+
 def _step_number(folder: Path) -> int:
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
 
 def _verify(checkpoint: Checkpoint) -> None:
-    manifest = read_manifest(checkpoint.folder)
-    if manifest is None:
-        if (checkpoint.folder / "state.json").is_file():  # training writes state.json before and the manifest after
-            raise CheckpointError(f"{checkpoint.folder} has no {MANIFEST}: its save was not finished; use another one")
+    folder = checkpoint.folder
+    if not (folder / MANIFEST_FILENAME).is_file():
+        if (folder / STATE_FILENAME).is_file():  # training writes the manifest after everything else
+            raise CheckpointError(f"{folder} has no {MANIFEST_FILENAME}: its save was not finished; use another one")
         return
-    used = [name for name in manifest.files if _is_used(checkpoint, name)]
-    verify_files(checkpoint.folder, manifest, used)
+    _, files = read_manifest(folder)
+    used = {name: entry for name, entry in files.items() if _is_used(checkpoint, name)}
+    for wrong in verify_files(folder, used):
+        own = STATE_FILENAME in files  # nobody changes a training checkpoint on purpose; an export's settings, perhaps
+        hint = "use another checkpoint" if own else f"make it again, or remove {MANIFEST_FILENAME} if that is meant"
+        raise CheckpointError(f"{folder}: {wrong}; {hint}")
 
 
 def _is_used(checkpoint: Checkpoint, name: str) -> bool:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pretrainkit.errors import CheckpointError, StorageError
-from pretrainkit.export.manifest import MANIFEST, read_manifest
 from pretrainkit.export.reading import LazyTensor
-from pretrainkit.storage import checksum, fsync_folder, storage_errors, write_json
+from pretrainkit.storage import fsync_folder, storage_errors, write_json
+from pretrainkit.train.manifest import MANIFEST_FILENAME, hash_files, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +183,7 @@ def publish_folder(output_dir: Path, kind: str) -> Iterator[Path]:
 
     Args:
         output_dir: Folder to make, or an earlier output of the same kind to replace.
-        kind: What the folder is, for its manifest.
+        kind: File that every output of this command holds, and no other command's.
 
     Raises:
         StorageError: `output_dir` holds anything that an earlier run of this command did not write.
@@ -195,7 +195,7 @@ def publish_folder(output_dir: Path, kind: str) -> Iterator[Path]:
         stage.mkdir(parents=True)
         try:
             yield stage
-            _seal(stage, kind)
+            _seal(stage)
             _check_replaceable(output_dir, kind)  # a slow export: the folder may have changed
             _swap(stage, output_dir)
         except BaseException:
@@ -203,16 +203,13 @@ def publish_folder(output_dir: Path, kind: str) -> Iterator[Path]:
             raise
 
 
-def _seal(stage: Path, kind: str) -> None:
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb") as file:
+def _seal(stage: Path) -> None:
+    """Bring every file to the disk, and list it with its hash, so that the next stage finds any damage."""
+    names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
+    for name in names:
+        with open(stage / name, "rb") as file:
             os.fsync(file.fileno())
-    entries = {
-        str(path.relative_to(stage)): {"bytes": path.stat().st_size, "xxh3_128": checksum(path)} for path in files
-    }
-    write_json(stage / MANIFEST, {"kind": kind, "files": entries})
-    fsync_folder(stage)
+    write_manifest(stage, 0, hash_files(stage, names))
 
 
 def _swap(stage: Path, output_dir: Path) -> None:
@@ -234,12 +231,20 @@ def _check_replaceable(output_dir: Path, kind: str) -> None:
         return
     if not output_dir.is_dir():
         raise StorageError(f"{output_dir} is a file; give a folder that does not exist yet")
-    names = {str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if not path.is_dir()}
-    manifest = read_manifest(output_dir)
-    known = {*manifest.files, MANIFEST} if manifest is not None and manifest.kind == kind else set()
+    names = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()}
+    known = _earlier_output(output_dir, kind)
     if foreign := sorted(names - known):
         others = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
         raise StorageError(
             f"{output_dir} holds {foreign[0]}{others}, which this command did not write; "
             "give a folder that does not exist yet, or move them away"
         )
+
+
+def _earlier_output(output_dir: Path, kind: str) -> set[str]:
+    """Names of the files that this command wrote into the folder."""
+    try:
+        _, files = read_manifest(output_dir)
+    except CheckpointError:
+        return set()
+    return {*files, MANIFEST_FILENAME} if kind in files else set()
