@@ -366,3 +366,45 @@ def test_crafted_index_reaches_nothing(dataset):
     (dataset / "index.json").write_text(json.dumps(index))
     with pytest.raises(DatasetError, match="no plain chunk name"):
         BlockSource(dataset, 7)
+
+
+@pytest.fixture
+def stock_dataset(tmp_path, monkeypatch):
+    """A dataset that litdata itself wrote: documents of 1 to 30 tokens, int32, several chunks, no metadata.json."""
+    monkeypatch.setenv("LITDATA_POSIX_FAST", "0")
+    from litdata.streaming.item_loader import TokensLoader
+    from litdata.streaming.writer import BinaryWriter
+
+    folder = tmp_path / "stock"
+    writer = BinaryWriter(str(folder), chunk_bytes=500, item_loader=TokensLoader())
+    token = 0
+    for index in range(40):
+        length = index * 7 % 30 + 1
+        writer.add_item(index, torch.arange(token, token + length, dtype=torch.int32))
+        token += length
+    writer.done()
+    writer.merge(1)
+    return folder
+
+
+def test_stock_dataset_gives_the_blocks_that_litdata_gives(stock_dataset):
+    from litdata import StreamingDataset
+    from litdata.streaming.item_loader import TokensLoader
+
+    stock = StreamingDataset(str(stock_dataset), item_loader=TokensLoader(block_size=BLOCK), shuffle=False)
+    source = BlockSource(stock_dataset, BLOCK - 1)
+    assert source.info is None
+    assert source.blocks(range(source.num_blocks)).tolist() == [block.tolist() for block in stock]
+    assert global_order([source], 5)[0] == global_order([source], 5, world_size=4)[0]
+
+
+def test_stock_dataset_can_be_read_by_segments(stock_dataset, tmp_path):
+    fs = fsspec.filesystem("memory")
+    for path in stock_dataset.iterdir():
+        fs.pipe(f"/stock/{path.name}", path.read_bytes())
+    try:
+        remote = BlockSource("memory://stock", BLOCK - 1, cache_dir=tmp_path / "cache")
+        local = BlockSource(stock_dataset, BLOCK - 1)
+        assert remote.blocks(range(remote.num_blocks)).tolist() == local.blocks(range(local.num_blocks)).tolist()
+    finally:
+        fs.rm("/stock", recursive=True)

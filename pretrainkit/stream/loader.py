@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,10 @@ from pretrainkit.stream.source import BlockSource
 # Blocks made by one task: enough to share the cost of working out their order, few enough to stay in the caches.
 _TASK_BLOCKS = 64
 _DIGEST_MASK = (1 << 63) - 1
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
-@dataclass
-class _Task:
-    """Some consecutive micro batches of this rank."""
-
-    tokens: torch.Tensor  # (micro batches, micro_batch, block_size + 1) int64
-    digests: list[int]  # of each micro batch
+_Batch = tuple[torch.Tensor, int]  # (micro_batch, block_size + 1) int64 tokens, and their digest
 
 
 class BlockLoader:
@@ -94,9 +90,9 @@ class BlockLoader:
         self._windows: list[tuple[int, int] | None] = [None] * len(self.sources)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
         self._tasks_ahead = -(-prefetch_batches // self._task_batches) if num_workers else 0
-        self._pending: deque[Future[_Task]] = deque()
+        self._pending: deque[Future[list[_Batch]]] = deque()
         self._next_task = self._start  # first micro batch of the next task to begin
-        self._ready: Iterator[tuple[torch.Tensor, int]] = iter(())
+        self._ready: Iterator[_Batch] = iter(())
 
     @property
     def num_blocks(self) -> int:
@@ -114,8 +110,7 @@ class BlockLoader:
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._ready, None)
         if batch is None:
-            task = self._take_task()
-            self._ready = zip(task.tokens, task.digests, strict=True)
+            self._ready = self._take_task()
             batch = next(self._ready)
         tokens, digest = batch
         self._given += 1
@@ -160,37 +155,54 @@ class BlockLoader:
         numbers: np.ndarray = starts[:, None] + np.arange(self._micro_batch)
         return numbers.ravel()
 
-    def _take_task(self) -> _Task:
+    def _take_task(self) -> Iterator[_Batch]:
         if self._pool is None:
-            return self._make_task(self._advance())
+            return self._make_batches(self._advance())
         while len(self._pending) <= self._tasks_ahead:
-            self._pending.append(self._pool.submit(self._make_task, self._advance()))
-        return self._pending.popleft().result()
+            self._pending.append(self._pool.submit(self._make_list, self._advance()))
+        return iter(self._pending.popleft().result())
 
     def _advance(self) -> int:
         first, self._next_task = self._next_task, self._next_task + self._task_batches
         return first
 
-    def _make_task(self, first: int) -> _Task:
+    def _make_list(self, first: int) -> list[_Batch]:
+        return list(self._make_batches(first))
+
+    def _make_batches(self, first: int) -> Iterator[_Batch]:
+        """This rank's micro batches from its `first` on, as many as one task has."""
         samples = self.samples(first, self._task_batches)
-        chosen, positions = self._mixture.split(samples)
-        tokens = torch.empty(
-            (len(samples), self.sources[0].block_tokens), dtype=torch.int64, pin_memory=self._pin_memory
-        )
-        rows = tokens.numpy()
-        hashes = np.empty(len(samples), dtype=np.uint64)
-        for index, (source, order) in enumerate(zip(self.sources, self._orders, strict=True)):
-            places = np.flatnonzero(chosen == index) if len(self.sources) > 1 else np.arange(len(samples))
-            if not len(places):
-                continue
-            self._prefetch(index, int(positions[places[0]]))
-            views = source.views(order.blocks(positions[places]))
-            for place, sample, view in zip(places.tolist(), samples[places].tolist(), views, strict=True):
-                rows[place] = view
+        numbers = samples.tolist()
+        views: list[Any] = self._views(samples)
+        for start in range(0, len(views), self._micro_batch):
+            shape = (self._micro_batch, self.sources[0].block_tokens)
+            tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
+            rows = tokens.numpy()
+            digest = 0
+            for row in range(self._micro_batch):
+                view = views[start + row]
                 # Seeded with its place in the global order, so that a swap of two blocks shows.
-                hashes[place] = xxhash.xxh3_64_intdigest(view.data, seed=sample)
-        digests = hashes.reshape(self._task_batches, -1).sum(axis=1) & np.uint64(_DIGEST_MASK)
-        return _Task(tokens.view(self._task_batches, self._micro_batch, -1), [int(digest) for digest in digests])
+                digest += xxhash.xxh3_64_intdigest(view, seed=numbers[start + row])
+                rows[row] = view
+            yield tokens, digest & _DIGEST_MASK
+
+    def _views(self, samples: np.ndarray) -> list[np.ndarray]:
+        """The blocks of these global samples, as they lie on disk."""
+        chosen, positions = self._mixture.split(samples)
+        if len(self.sources) == 1:
+            return self._source_views(0, positions)
+        views: list[np.ndarray] = [_NOTHING] * len(samples)
+        for index in range(len(self.sources)):
+            places = np.flatnonzero(chosen == index)
+            if len(places):
+                found = self._source_views(index, positions[places])
+                for place, view in zip(places.tolist(), found, strict=True):
+                    views[place] = view
+        return views
+
+    def _source_views(self, index: int, positions: np.ndarray) -> list[np.ndarray]:
+        self._prefetch(index, int(positions[0]))
+        return self.sources[index].views(self._orders[index].blocks(positions))
 
     def _prefetch(self, index: int, position: int) -> None:
         """Where a source enters a window of its shuffle, have that one and the next fetched."""

@@ -53,14 +53,11 @@ class RemoteSegments:
         if base.stat().st_uid != os.getuid():
             raise ConfigError(f"{base} belongs to another user, who could change the data; give data.cache_dir")
         self._open = OpenParts(self._load)
+        self.read = self._open.get
         self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="prefetch")
         self._wanted: set[int] = set()
         self._evicting = threading.Lock()
         self._written = 0  # bytes since the cache was last measured
-
-    def read(self, part: int) -> np.ndarray:
-        """The tokens of a segment's blocks."""
-        return self._open.get(part)
 
     def prefetch(self, segments: np.ndarray) -> None:
         """Begin to fetch these segments; those of earlier calls that have not begun are kept."""
