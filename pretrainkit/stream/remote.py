@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ class RemoteSegments:
         if base.stat().st_uid != os.getuid():
             raise ConfigError(f"{base} belongs to another user, who could change the data; give data.cache_dir")
         self._open = OpenParts(self._load)
-        self.read = self._open.get
+        self.read: Callable[[int], np.ndarray] = self._open.get
         self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="prefetch")
         self._wanted: set[int] = set()
         self._evicting = threading.Lock()
