@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLOW := slow or ray or slurm
 
-.PHONY: help env quickstart check fix test test-slow test-all wheel bench chaos clean
+.PHONY: help env quickstart check fix test test-slow test-all docs wheel bench chaos clean
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,6 +39,9 @@ test-slow: env ## The rest that needs no GPU: real clusters, kills, whole pipeli
 	$(BIN)/pytest -q -m "not gpu and ($(SLOW))"
 
 test-all: test test-slow ## Both
+
+docs: env ## Write docs/reference.md from the functions' signatures
+	$(BIN)/python scripts/write_reference.py
 
 wheel: env ## Build the wheel, install it in a clean environment, run it from elsewhere
 	rm -rf dist build/wheel

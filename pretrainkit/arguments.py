@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -47,6 +47,33 @@ def parse(
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(_readable(error, parser)) from error
     return {name: value for name, value in vars(values).items() if name not in ("config", "debug")}
+
+
+class Flag(NamedTuple):
+    """One flag of a command, as the reference page shows it."""
+
+    name: str
+    takes: str
+    required: bool
+    default: Any
+    help: str
+
+
+def describe_flags(function: Callable[..., Any]) -> list[Flag]:
+    """Every flag of a function's command, in the order of its signature, groups' keys with their dots."""
+    parser = _build_parser(function, (), None)
+    groups = {dest.rpartition(".")[0] for dest in _actions(parser)}
+    return [
+        Flag(
+            name=dest,
+            takes=_type_in_words(getattr(action, "_typehint", None)),
+            required=bool(getattr(action, "required", False)) or dest in parser.required_args,
+            default=action.default,
+            help=" ".join((action.help or "").split()),
+        )
+        for dest, action in _actions(parser).items()
+        if dest not in groups and dest not in ("config", "debug")
+    ]
 
 
 def _build_parser(function: Callable[..., Any], positional: Sequence[str], program: str | None) -> Any:
@@ -229,7 +256,7 @@ def _type_in_words(hint: Any) -> str:
     arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):
         # null last: it is the rarer choice
         return " or ".join(_type_in_words(a) for a in sorted(arguments, key=lambda argument: argument is type(None)))

@@ -89,3 +89,11 @@ def test_the_pipeline_runs_as_written(tmp_path, parquet_dir, tokenizer_dir):
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
     assert (tmp_path / "my" / "huggingface" / "config.json").is_file()
+
+
+def test_the_reference_page_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from write_reference import reference
+
+    written = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert written == reference(), "run `make docs` and commit docs/reference.md"
