@@ -1,8 +1,9 @@
 """What a pretraining run consists of: the keys of `config_hub/*.yaml`, their meaning, defaults and limits.
 
-Comes in: values from the command line, a YAML file or a caller. Goes out: frozen dataclasses whose values make sense one
-by one and together; what needs the dataset or the number of devices is checked by `pretrainkit.train.arithmetic`. Keys
-that litgpt has keep litgpt's names. Guarantee: a wrong value is a `ConfigError` naming the key, the value and the way out.
+Comes in: values from the command line, a YAML file or a caller. Goes out: frozen dataclasses whose values make sense
+one by one and together; what needs the dataset or the number of devices is checked by `pretrainkit.train.arithmetic`.
+Keys that litgpt has keep litgpt's names. Guarantee: a wrong value is a `ConfigError` naming the key, the value and the
+way out.
 """
 
 from __future__ import annotations

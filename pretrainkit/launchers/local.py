@@ -1,0 +1,134 @@
+"""This machine alone: one process as it is, or one more per further device.
+
+Guarantees: the first process that fails ends the others, and its error is the run's; a signal to this process reaches
+all of them; none of them outlives it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import Any
+
+from pretrainkit.config import PretrainConfig
+from pretrainkit.errors import LaunchError, PretrainKitError
+from pretrainkit.launchers import run_entry
+from pretrainkit.launchers.slurm import variables
+from pretrainkit.topology import Topology
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_GRACE_S = 30.0  # for the others to end after one has failed
+_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+
+
+def launch(entry: str, config: PretrainConfig) -> None:
+    """Run on every device of this machine.
+
+    Raises:
+        LaunchError: More devices than there are, or a process died.
+        PretrainKitError: Whatever the first process to fail said.
+    """
+    count = num_processes(config)
+    if count == 1:
+        run_entry(entry, config)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers: list[tuple[Any, Connection]] = []
+    for rank in range(count):
+        place = Topology(launcher="torchrun", rank=rank, world_size=count, local_rank=rank, local_world_size=count)
+        receive, send = context.Pipe(duplex=False)
+        arguments = (entry, config, variables(place, "127.0.0.1", port), send, os.getpid())
+        worker = context.Process(target=_work, args=arguments, daemon=True, name=f"rank-{rank}")
+        worker.start()
+        send.close()
+        workers.append((worker, receive))
+    _attend(workers)
+
+
+def num_processes(config: PretrainConfig) -> int:
+    """Processes to run on this machine.
+
+    Raises:
+        LaunchError: More than there are GPUs.
+    """
+    if config.devices == 1:
+        return 1
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if config.devices == "auto":
+        return max(1, gpus)
+    if gpus and config.devices > gpus:
+        raise LaunchError(f"devices={config.devices}, but this machine has {gpus} GPUs; use at most that")
+    return config.devices
+
+
+def _attend(workers: list[tuple[Any, Connection]]) -> None:
+    """Wait for all workers, pass signals on, and raise the first failure."""
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for worker, _receive in workers:
+            if worker.is_alive():
+                os.kill(worker.pid, number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON} if in_main else {}
+    failure: BaseException | None = None
+    try:
+        waiting = {worker.sentinel: (worker, receive) for worker, receive in workers}
+        while waiting:
+            for sentinel in wait(list(waiting), timeout=None if failure is None else _GRACE_S) or list(waiting):
+                worker, receive = waiting.pop(sentinel)
+                if worker.is_alive():  # the grace is over
+                    worker.kill()
+                worker.join()
+                failure = failure or _failure(worker, receive)
+                if failure is not None and not isinstance(failure, PretrainKitError):
+                    pass_on(signal.SIGTERM, None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failure is not None:
+        raise failure
+
+
+def _failure(worker: Any, receive: Connection) -> BaseException | None:
+    """What a finished worker has to say: None, its error, or how it died."""
+    if receive.poll():
+        try:
+            kind, message, exit_code = pickle.loads(receive.recv_bytes())  # noqa: S301 - from our own child
+            error: PretrainKitError = kind.__new__(kind, message)
+            error.exit_code = exit_code
+            return error
+        except EOFError:
+            pass
+    if worker.exitcode:
+        how = f"was killed by signal {-worker.exitcode}" if worker.exitcode < 0 else f"ended with {worker.exitcode}"
+        return LaunchError(f"{worker.name} {how}; its last lines are above. Resume with --resume=auto")
+    return None
+
+
+def _work(entry: str, config: PretrainConfig, environment: dict[str, str], send: Connection, parent: int) -> None:
+    """A worker's main function."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked to die with it
+        os._exit(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ.update(environment)
+    try:
+        run_entry(entry, config)
+    except PretrainKitError as error:
+        send.send_bytes(pickle.dumps((type(error), str(error), error.exit_code)))
+        sys.exit(error.exit_code)

@@ -1,0 +1,226 @@
+"""The training loop.
+
+Comes in: a `Run`, everything made and placed by `setup`. Goes out: a trained model in RUN/final, and a row of numbers
+per logged step. Guarantees: a step that does not log never waits for the device; step s trains on the same samples and
+with the same learning rate whatever happened before; stopping finishes the step and saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrainkit.errors import Interrupted, TrainingError
+from pretrainkit.stream import BlockLoader
+from pretrainkit.train.checkpoint import complete_checkpoints
+from pretrainkit.train.evaluation import generate, validate
+from pretrainkit.train.metrics import memory_gb, train_line
+from pretrainkit.train.optimizer import gradient_norm, take_step
+from pretrainkit.train.parallel import gather_objects, gradient_sync
+from pretrainkit.train.run import Run
+from pretrainkit.train.schedule import learning_rate
+from pretrainkit.train.signals import TIME_IS_UP
+from pretrainkit.train.state import DIGEST_MASK, read_record
+from pretrainkit.train.window import Window
+
+logger = logging.getLogger(__name__)
+
+
+def fit(run: Run) -> None:
+    """Train to the end of the plan, then publish RUN/final.
+
+    Raises:
+        Interrupted: A signal asked to stop; everything is saved.
+        TrainingError: Too many steps had to be skipped.
+    """
+    state, config, total_steps = run.state, run.config, run.plan.total_steps
+    if config.eval.initial_validation and state.step == 0:
+        _validate(run)
+    loader = run.open_loader(state)
+    window = Window(run.fabric.device, run.plan.world_size, state)
+    stop = 0
+    while not stop and (total_steps is None or state.step < total_steps):
+        run.watchdog.alive(state.step, "computing")
+        _step(run, loader, window)
+        is_last = state.step == total_steps
+        if _due(state.step, config.train.log_interval) or is_last:
+            _log(run, loader, window)
+        with window.paused():
+            if state.recent_skips >= config.guard.max_skips:
+                loader.close()
+                loader = _rewind(run)
+                continue
+            if _due(state.step, config.eval.interval) and not is_last:
+                _validate(run)
+            if _due(state.step, config.train.save_interval) and not is_last:
+                _save(run, loader, background=True)
+            stop = run.ballot.cast(_wish(run, window))
+    with window.paused():
+        run.watchdog.alive(state.step, "saving")
+        folder = _save(run, loader, background=False)
+        loader.close()
+    _finish(run, folder, stop)
+
+
+def _step(run: Run, loader: BlockLoader, window: Window) -> None:
+    """One optimizer step: accumulate micro batches, judge, clip, step."""
+    state, plan = run.state, run.plan
+    targets = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
+    # FSDP averages gradients over ranks: each rank divides by the targets it has when none is masked.
+    nominal = plan.tokens_per_step / plan.world_size
+    for micro_batch in range(plan.accumulation):
+        run.watchdog.alive(state.step, "waiting for data")
+        batch = window.next_batch(loader)
+        run.watchdog.alive(state.step, "computing")
+        gradient_sync(run.bare_model, micro_batch == plan.accumulation - 1)
+        output = run.model(batch)
+        run.fabric.backward(output.loss / nominal)
+        window.add_batch(output)
+        targets += output.num_targets
+    # The share of targets that a document mask left; 1 without one. Dividing by it makes the loss a mean over targets.
+    if run.config.data.document_mask and plan.world_size > 1:
+        dist.all_reduce(targets)
+        share = (targets / plan.tokens_per_step).float().clamp_min(1e-9)
+    else:
+        share = (targets / nominal).float().clamp_min(1e-9)
+
+    norm = gradient_norm(run.optimizers) / share
+    skip = run.guard.judge(norm, state.data_step)
+    max_norm = run.config.train.max_norm
+    clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    state.step += 1
+    state.data_step += 1
+    state.tokens += plan.tokens_per_step
+    state.samples += run.config.train.global_batch_size
+    lr = learning_rate(run.course, state.step * plan.tokens_per_step)
+    take_step(run.optimizers, learning_rate=lr, grad_scale=share / clip, skip=skip)
+    window.add_step(norm, skip, lr)
+
+
+def _log(run: Run, loader: BlockLoader, window: Window) -> None:
+    """Write one row and one line; the only host synchronisation of a logged step."""
+    state, plan = run.state, run.plan
+    numbers = window.read(run.guard.recent_skips)
+    state.recent_skips = int(numbers.pop("recent_skips"))
+    _fold_digest(run, loader)
+    row = numbers | run.speed.of(plan.tokens_per_step / numbers["step_s"])
+    row |= {"memory_gb": memory_gb(), "epoch": state.data_step / plan.steps_per_epoch, "goodput": state.goodput}
+    if plan.total_steps is not None:
+        row["remaining_s"] = (plan.total_steps - state.step) * numbers["step_s"]
+    sources = loader.tokens_per_source() if len(loader.sources) > 1 else None
+    run.metrics.write("train", state, **row, digest=f"{state.digest:016x}", tokens_per_source=sources)
+    if run.fabric.is_global_zero:
+        logger.info(train_line({**row, "step": state.step, "tokens": state.tokens}, plan.total_steps))
+        if row["skipped"]:
+            logger.warning(
+                "step %d: %d step(s) skipped, gradient norm %.3g; %d of the last %d",
+                state.step, row["skipped"], row["grad_norm"], state.recent_skips, run.config.guard.window,
+            )  # fmt: skip
+
+
+def _fold_digest(run: Run, loader: BlockLoader) -> None:
+    """Bring the state's digest of all tokens so far up to date; it is the same on any number of ranks."""
+    parts = gather_objects(loader.digest(), run.group)
+    run.state.digest = (run.state.digest + sum(parts)) & DIGEST_MASK
+
+
+def _validate(run: Run) -> None:
+    """Validation loss, and samples when there are prompts."""
+    if not run.validation:
+        return
+    state = run.state
+    start = time.perf_counter()
+    run.watchdog.alive(state.step, "validating")
+    values = validate(
+        run.model, run.validation, run.fabric.device, lambda: run.watchdog.alive(state.step, "validating")
+    )
+    samples = None
+    if run.config.eval.prompts and run.tokenizer is not None:
+        samples = generate(
+            run.model, run.tokenizer, run.config.eval.prompts, max_new_tokens=run.config.eval.max_new_tokens,
+            block_size=run.plan.block_size, device=run.fabric.device,
+        )  # fmt: skip
+    run.metrics.write("validation", state, **values, samples=samples, validation_s=time.perf_counter() - start)
+    if run.fabric.is_global_zero:
+        bits = values.get("val_bits_per_byte")
+        logger.info(
+            "validation at step %d: loss %.4f, perplexity %.2f%s",
+            state.step, values["val_loss"], values["val_perplexity"], f", {bits:.4f} bits per byte" if bits else "",
+        )  # fmt: skip
+        for text in (samples or {}).values():
+            logger.info("  %r", text)
+
+
+def _save(run: Run, loader: BlockLoader, *, background: bool) -> Path:
+    """Save the state as it stands."""
+    run.watchdog.alive(run.state.step, "saving")
+    _fold_digest(run, loader)
+    run.checkpoints.wait()
+    start = time.perf_counter()
+    folder = run.checkpoints.save(*run.snapshot(), background=background)
+    run.metrics.write("save", run.state, path=folder.name, blocked_s=time.perf_counter() - start)
+    return folder
+
+
+def _rewind(run: Run) -> BlockLoader:
+    """Go back to the last good checkpoint, and past the data that did harm."""
+    state = run.state
+    run.checkpoints.wait()
+    good = [path for path in complete_checkpoints(run.config.out_dir) if not read_record(path)["state"].recent_skips]
+    folder = gather_objects(good[0] if good else None, run.group)[0]
+    reason = f"{state.recent_skips} of the last {run.config.guard.window} steps were skipped at step {state.step}"
+    if folder is None:
+        raise TrainingError(
+            f"{reason}, and there is no checkpoint without skips to go back to; lower optimizer.init_args.lr or "
+            "look at the data"
+        )
+    if state.rewinds >= run.config.guard.max_rewinds:
+        raise TrainingError(
+            f"{reason}, after {state.rewinds} rewinds; lower optimizer.init_args.lr or look at the data"
+        )
+    before = run.restore(folder)["state"]
+    run.guard.forget()
+    state.step, state.tokens, state.train_seconds = before.step, before.tokens, before.train_seconds
+    state.recent_skips = 0
+    state.rewinds += 1
+    run.metrics.write("rewind", state, path=folder.name, data_step=state.data_step)
+    if run.fabric.is_global_zero:
+        logger.warning("%s: back to %s, past the data seen since", reason, folder)
+    return run.open_loader(state)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _wish(run: Run, window: Window) -> int:
+    """This rank's vote on stopping after this step."""
+    if run.signals.received:
+        return run.signals.received
+    if run.deadline is None:
+        return 0
+    # One more step, the one in which the vote arrives, and the save must fit; a save takes about as long as the last.
+    needed = 2 * window.seconds_per_step + 1.5 * (run.checkpoints.last_seconds or 0.0)
+    return TIME_IS_UP if time.monotonic() + needed > run.deadline else 0
+
+
+def _finish(run: Run, folder: Path, stop: int) -> None:
+    state = run.state
+    run.ballot.result()  # the vote still under way
+    if stop > TIME_IS_UP:
+        run.metrics.write("stop", state, signal=stop)
+        name = signal.Signals(stop).name
+        raise Interrupted(f"stopped by {name} after step {state.step}; saved, go on with --resume=auto", stop)
+    if run.config.eval.final_validation:
+        _validate(run)
+    run.watchdog.alive(state.step, "finishing")
+    final = run.checkpoints.publish_final(folder)
+    run.metrics.write("end", state, goodput=state.goodput, train_seconds=state.train_seconds)
+    if run.fabric.is_global_zero:
+        why = "time is up" if stop else "done"
+        logger.info("%s after step %d, %s tokens: %s", why, state.step, f"{state.tokens:,}", final)

@@ -1,0 +1,72 @@
+"""Everything a training loop works with, made by `setup` and used by `loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrainkit.config import PretrainConfig
+from pretrainkit.stream import BlockLoader, ValidationLoader
+from pretrainkit.train.arithmetic import RunPlan
+from pretrainkit.train.checkpoint import CheckpointWriter
+from pretrainkit.train.guard import Guard
+from pretrainkit.train.metrics import MetricsWriter, Speed
+from pretrainkit.train.schedule import Course
+from pretrainkit.train.signals import Ballot, SignalWatch
+from pretrainkit.train.state import TrainState
+from pretrainkit.train.watchdog import Watchdog
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One process's part of a run."""
+
+    config: PretrainConfig
+    """What was asked for."""
+    plan: RunPlan
+    """What it means in steps."""
+    course: Course
+    """Learning rate by tokens."""
+    speed: Speed
+    """Tokens per second -> utilisation."""
+    fabric: Any
+    """Launched."""
+    model: nn.Module
+    """What is called; wrapped by Fabric."""
+    bare_model: nn.Module
+    """What is saved and sharded; has litgpt's names."""
+    optimizers: list[torch.optim.Optimizer]
+    """Hold every parameter once."""
+    guard: Guard
+    """Judges steps."""
+    state: TrainState
+    """Where the run stands."""
+    open_loader: Callable[[TrainState], BlockLoader]
+    """Training data from the state's place on."""
+    validation: dict[str, ValidationLoader]
+    """Validation data per source; empty without."""
+    tokenizer: bytes | None
+    """Content of tokenizer.json, for samples of text; None without."""
+    checkpoints: CheckpointWriter
+    """Writes what `snapshot` gives."""
+    snapshot: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+    """(tensors, record) of the state as it stands."""
+    restore: Callable[[Path], dict[str, Any]]
+    """Fills the tensors from a checkpoint and returns its record."""
+    metrics: MetricsWriter
+    """Says it."""
+    signals: SignalWatch
+    """Hears it."""
+    ballot: Ballot
+    """Agrees on it."""
+    watchdog: Watchdog
+    """Ends it when it hangs."""
+    group: Any
+    """gloo group for small messages between hosts; None with one rank."""
+    deadline: float | None
+    """`time.monotonic()` at which everything must be saved; None without a limit."""

@@ -1,0 +1,206 @@
+"""From a configuration to a running training process.
+
+Comes in: the configuration, in every process of the run. Goes out: a trained model. Guarantees: whatever can be found
+wrong is found before a device holds a model; every rank agrees on where to start; a continued run says what is
+different.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pretrainkit.config import PretrainConfig
+from pretrainkit.errors import CheckpointError
+from pretrainkit.models import flops_per_token, num_parameters
+from pretrainkit.storage import write_atomic
+from pretrainkit.stream import BlockLoader
+from pretrainkit.topology import detect
+from pretrainkit.train import checkpoint as checkpoints
+from pretrainkit.train.arithmetic import RunPlan
+from pretrainkit.train.evaluation import open_validation
+from pretrainkit.train.facts import Facts, look_at, new_model, open_training_sources
+from pretrainkit.train.guard import Guard
+from pretrainkit.train.initial import load_initial
+from pretrainkit.train.loop import fit
+from pretrainkit.train.manifest import MANIFEST_FILENAME
+from pretrainkit.train.metrics import MetricsWriter, Speed, peak_flops
+from pretrainkit.train.optimizer import build_optimizer
+from pretrainkit.train.parallel import cpu_group, set_up_model, start_fabric, together
+from pretrainkit.train.run import Run
+from pretrainkit.train.schedule import plan_course
+from pretrainkit.train.side_files import SideFiles
+from pretrainkit.train.signals import Ballot, SignalWatch
+from pretrainkit.train.snapshot import Snapshots
+from pretrainkit.train.state import TrainState, config_to_dict, read_record
+from pretrainkit.train.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILENAME = "config.yaml"
+
+
+def train_process(config: PretrainConfig) -> None:
+    """This process's part of a run; its place is read from the environment.
+
+    Raises:
+        PretrainKitError: Whatever is wrong with the configuration, the data or a checkpoint, the same on every rank.
+    """
+    begun = time.monotonic()
+    topology = detect(os.environ)
+    facts = look_at(config, topology.world_size)
+    signals = SignalWatch()
+    with signals.watching():
+        fabric = start_fabric(config, topology)
+        try:
+            _train(config, facts, fabric, signals, begun)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _train(config: PretrainConfig, facts: Facts, fabric: Any, signals: SignalWatch, begun: float) -> None:
+    group = cpu_group()
+    rank, world_size = fabric.global_rank, fabric.world_size
+    start = together(functools.partial(_starting_point, config, group, rank, world_size), group)
+    if start is not None and _is_finished(config, start, facts.plan):
+        if rank == 0:
+            logger.info("this run is finished: %s", config.out_dir / checkpoints.FINAL_FOLDER)
+        return
+    validation = together(lambda: open_validation(config, facts.block_size, rank=rank, world_size=world_size), group)
+    model = new_model(config, facts, fabric.device)
+    wrapped = set_up_model(fabric, model, config)
+    optimizers = build_optimizer(model, config.optimizer)
+    state = TrainState()
+    guard = Guard(config.guard, fabric.device)
+    snapshots = Snapshots(config, facts, model, optimizers, guard, state, group)
+    if start is not None:
+        snapshots.resume(start, speak=rank == 0)
+    else:
+        load_initial(config, model, snapshots, state, group)
+    side_files = SideFiles(config, facts.model_config, facts.sources[0].folder)
+    if rank == 0:
+        settings = config_to_dict(config)
+        write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
+        checkpoints.sweep_unfinished(config.out_dir)
+        _introduce(config, facts, fabric, validation)
+    metrics = MetricsWriter(config, config_to_dict(config), state, rank=rank)
+    metrics.write("resume" if start else "start", state, world_size=world_size, data_step=state.data_step)
+    watchdog = Watchdog(config.out_dir, rank, config.compute.hang_timeout_s)
+    run = Run(
+        config=config,
+        plan=facts.plan,
+        course=plan_course(facts.plan, config.train, config.schedule, config.optimizer),
+        speed=_speed(config, facts, fabric),
+        fabric=fabric,
+        model=wrapped,
+        bare_model=model,
+        optimizers=optimizers,
+        guard=guard,
+        state=state,
+        open_loader=functools.partial(_open_loader, config, facts, rank, world_size),
+        validation=validation,
+        tokenizer=side_files.tokenizer,
+        checkpoints=checkpoints.CheckpointWriter(
+            config.out_dir, config.checkpoint, side_files.write, cpu_group(), rank
+        ),
+        snapshot=snapshots.take,
+        restore=snapshots.restore,
+        metrics=metrics,
+        signals=signals,
+        ballot=Ballot(cpu_group()),
+        watchdog=watchdog,
+        group=group,
+        deadline=None if config.train.max_time is None else begun + config.train.max_time,
+    )
+    watchdog.start()
+    try:
+        fit(run)
+    finally:
+        watchdog.stop()
+        run.checkpoints.wait()
+        metrics.close()
+
+
+def _starting_point(config: PretrainConfig, group: Any, rank: int, world_size: int) -> Path | None:
+    """The verified checkpoint to go on from, or None to begin.
+
+    Raises:
+        CheckpointError: The one asked for is damaged, there is none, or the folder holds a run nobody asked to go on
+        with.
+    """
+    if isinstance(config.resume, Path):
+        checkpoints.verify_checkpoint(config.resume, group, rank, world_size)
+        return config.resume
+    if config.resume:
+        folder = checkpoints.newest_whole_checkpoint(config.out_dir, group, rank, world_size)
+        if folder is None and config.resume is True:
+            raise CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
+        return folder
+    present = checkpoints.complete_checkpoints(config.out_dir)
+    if present:
+        raise CheckpointError(
+            f"{config.out_dir} already holds a run ({present[0].name}); add --resume=auto to go on, or give another "
+            "--out_dir"
+        )
+    return None
+
+
+def _is_finished(config: PretrainConfig, start: Path, plan: RunPlan) -> bool:
+    final = config.out_dir / checkpoints.FINAL_FOLDER
+    if plan.total_steps is None or not (final / MANIFEST_FILENAME).is_file():
+        return False
+    done: int = read_record(start)["state"].step
+    return done >= plan.total_steps and read_record(final)["state"].step == done
+
+
+def _open_loader(config: PretrainConfig, facts: Facts, rank: int, world_size: int, state: TrainState) -> BlockLoader:
+    """Training data from where the state stands, counted in samples, so that another batch size goes on there too."""
+    return BlockLoader(
+        open_training_sources(config, facts.block_size),
+        weights=list(config.sources.values()),
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        start_step=-(-state.samples // config.train.global_batch_size),
+        num_workers=config.data.num_workers,
+        prefetch_batches=config.data.prefetch_batches,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _speed(config: PretrainConfig, facts: Facts, fabric: Any) -> Speed:
+    peak = config.compute.peak_flops
+    if peak is None and fabric.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(fabric.device))
+    full, causal = flops_per_token(facts.model_config, facts.block_size)
+    return Speed(num_devices=fabric.world_size, peak_flops=peak, flops_per_token=full, flops_per_token_causal=causal)
+
+
+def _introduce(config: PretrainConfig, facts: Facts, fabric: Any, validation: dict[str, Any]) -> None:
+    plan = facts.plan
+    parameters = num_parameters(facts.model_config, tie_embeddings=config.train.tie_embeddings)
+    logger.info(
+        "%s: %s parameters on %d x %s; %s blocks of %d tokens",
+        facts.model_config.name or config.model_name or "model", f"{parameters:,}", fabric.world_size,
+        fabric.device.type, f"{sum(source.num_blocks for source in facts.sources):,}", plan.block_size,
+    )  # fmt: skip
+    logger.info(
+        "%s steps of %s tokens (%d blocks: %d ranks x %d micro batches x %d), until %s",
+        "?" if plan.total_steps is None else f"{plan.total_steps:,}", f"{plan.tokens_per_step:,}",
+        config.train.global_batch_size, plan.world_size, plan.accumulation, config.train.micro_batch_size, plan.limit,
+    )  # fmt: skip
+    for note in plan.notes:
+        logger.warning("%s", note)
+    if not validation and (config.eval.interval or config.eval.final_validation):
+        logger.warning("there is no validation data in %s/val; training goes without", next(iter(config.sources)))

@@ -1,0 +1,122 @@
+"""A run's state as tensors and a record, and back.
+
+Comes in: the model, the optimizers and the counters, live. Goes out: what a checkpoint holds. Guarantees: tensors are
+named by parameter, so that they fit any number of ranks; the record is plain JSON; taking up a record says what has
+changed since.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrainkit._version import __version__
+from pretrainkit.config import PretrainConfig
+from pretrainkit.errors import CheckpointError
+from pretrainkit.train.checkpoint import TENSORS_FOLDER
+from pretrainkit.train.dcp import read_tensors
+from pretrainkit.train.facts import Facts
+from pretrainkit.train.guard import Guard
+from pretrainkit.train.state import TrainState, changes, config_to_dict, read_record
+
+logger = logging.getLogger(__name__)
+
+
+class Snapshots:
+    """Takes and restores the state of one run."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        facts: Facts,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        guard: Guard,
+        state: TrainState,
+        group: Any,
+    ) -> None:
+        self._config = config
+        self._facts = facts
+        self._model = model
+        self._optimizers = optimizers
+        self._guard = guard
+        self._state = state
+        self._group = group
+
+    def tensors(self) -> dict[str, Any]:
+        """{"model": {name: tensor}, "optimizer": {name: {what: tensor}}}, sharing memory with the live ones."""
+        states: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+        for optimizer in self._optimizers:
+            states.update(optimizer.state)  # type: ignore[arg-type]
+        named = self._model.named_parameters()
+        return {
+            "model": dict(self._model.state_dict()),
+            "optimizer": {name: dict(states[parameter]) for name, parameter in named},
+        }
+
+    def take(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(tensors, record) as they are now; waits for the device."""
+        record = {
+            "state": dataclasses.asdict(self._state),
+            "guard": self._guard.state_dict(),
+            "config": config_to_dict(self._config),
+            "model_config": self._model_config(),
+            "datasets": self._datasets(),
+            "world_size": self._facts.plan.world_size,
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "versions": {"pretrainkit": __version__, "torch": torch.__version__},
+        }
+        return self.tensors(), record
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Fill model, optimizers and guard from a checkpoint, and return its record; the counters stay. On every rank.
+
+        Raises:
+            CheckpointError: It is of another model.
+        """
+        record = read_record(folder)
+        different = changes(record.get("model_config", {}), self._model_config())
+        if different:
+            raise CheckpointError(
+                f"{folder} is of another model ({'; '.join(different[:3])}); resume with the same model, or begin in "
+                "another --out_dir"
+            )
+        read_tensors(self.tensors(), folder / TENSORS_FOLDER, self._group)
+        self._guard.load_state_dict(record["guard"])
+        return record
+
+    def resume(self, folder: Path, *, speak: bool) -> None:
+        """Go on from a checkpoint, and say what is different from the run that wrote it."""
+        record = self.restore(folder)
+        for field in dataclasses.fields(TrainState):
+            setattr(self._state, field.name, getattr(record["state"], field.name))
+        self._state.restarts += 1
+        rng = bytearray(base64.b64decode(record["rng"]))
+        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+        if not speak:
+            return
+        logger.info("going on from %s, after step %d", folder, self._state.step)
+        for line in changes(record["config"], config_to_dict(self._config)):
+            logger.warning("changed since that checkpoint: %s", line)
+        if record["datasets"] != self._datasets():
+            logger.warning("changed since that checkpoint: the training data is not the same")
+        if record["world_size"] != self._facts.plan.world_size:
+            logger.info("ranks: %d -> %d; the global batch stays", record["world_size"], self._facts.plan.world_size)
+
+    def _model_config(self) -> dict[str, Any]:
+        config = dataclasses.asdict(self._facts.model_config)
+        # What does not change a weight's shape or meaning may differ.
+        return {name: value for name, value in config.items() if name not in ("name", "hf_config") and _plain(value)}
+
+    def _datasets(self) -> list[str]:
+        return [source.fingerprint for source in self._facts.sources]
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
