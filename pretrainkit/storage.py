@@ -202,6 +202,16 @@ def read_bytes(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
+def remove(path: str | Path) -> None:
+    """Delete one file, local or remote, if it is there."""
+    if is_remote(path):
+        fs, inner = filesystem(str(path))
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(inner)
+        return
+    Path(path).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ListedFile:
     """One file found below a folder."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pretrainkit.errors import ConfigError, InputError
+from pretrainkit.errors import InputError
 from pretrainkit.records import Failure, SourceRange
 from pretrainkit.storage import ListedFile
 
@@ -72,7 +72,7 @@ class DocumentBatch:
 
 
 def shard_format(name: str) -> str:
-    """ "parquet" or "jsonl", by the end of a file's name."""
+    """The format by the end of a file's name: "parquet" or "jsonl"."""
     return next(kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix))
 
 
@@ -117,13 +117,3 @@ def refuse_all_bad(problems: list[tuple[str, str]]) -> InputError:
     return InputError(
         f"{len(problems)} input file(s) cannot be used: {shown}{more}. --on_bad_input=skip goes on without"
     )
-
-
-def check_text_column(name: str) -> None:
-    """Refuse a column name that no file can have.
-
-    Raises:
-        ConfigError: The name is empty.
-    """
-    if not name:
-        raise ConfigError("text_column is empty; name the column that holds the text")

@@ -48,7 +48,7 @@ def inspect(file: ListedFile, text_column: str) -> ShardInfo:
 
 
 def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
-    """The documents of the lines that begin in bytes `source.start` .. `source.stop`; of the whole file when stop is 0."""
+    """The documents of the lines that begin in bytes `source.start` .. `source.stop`; of all lines when stop is 0."""
     import pyarrow as pa
 
     position = source.start

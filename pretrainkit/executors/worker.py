@@ -1,0 +1,51 @@
+"""A local worker process: `python -m pretrainkit.executors.worker FD`.
+
+Comes in, through a socket: the job and the node's name, then unit numbers. Goes out, through the same socket: one
+result per unit, or an error. Guarantee: it dies with its driver, at once, whatever it is doing; Ctrl+C is the driver's
+business.
+
+A process of its own, started by name, needs no importable `__main__`, inherits no threads, and works from a notebook.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+from pretrainkit.errors import PretrainKitError
+from pretrainkit.unit import UnitRunner
+
+
+def main(descriptor: int) -> None:
+    """Serve one driver until it closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_driver, args=(descriptor,), daemon=True).start()
+    connection = Connection(descriptor)
+    try:
+        job, node = connection.recv()
+        runner = UnitRunner(job, node)
+        connection.send(None)  # ready
+        while True:
+            connection.send(runner.run(connection.recv()))
+    except EOFError:
+        return
+    except PretrainKitError as error:
+        connection.send(error)
+    except OSError as error:
+        connection.send(error)
+
+
+def _die_with_driver(descriptor: int) -> None:
+    """End this process when the other end of the connection is closed, which the kernel does however a driver dies."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLRDHUP)
+    poll.poll()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

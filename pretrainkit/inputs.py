@@ -1,0 +1,110 @@
+"""Which files are read: below a folder or URL, or a dataset of the Hugging Face hub; training and validation.
+
+Comes in: what the user gave. Goes out: (split, file) of every shard in the order of the dataset, and the folder each
+split's names are relative to. Guarantee: sorted, so that the order is the same on every machine; no file stands twice.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrainkit.documents import SUFFIXES
+from pretrainkit.errors import ConfigError, InputError
+from pretrainkit.registry import did_you_mean
+from pretrainkit.storage import ListedFile, filesystem, is_remote, list_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Where the text comes from."""
+
+    files: tuple[tuple[str, ListedFile], ...]
+    """(split, file): training files, then validation files, each sorted by name."""
+    roots: dict[str, str]
+    """Split -> folder or URL its files' names are relative to."""
+
+
+def find_inputs(
+    *,
+    input_dir: str | None,
+    val_dir: str | None,
+    val_glob: str | None,
+    hf_dataset: str | None,
+    hf_config: str,
+    split: str,
+) -> Inputs:
+    """List the inputs.
+
+    Raises:
+        ConfigError: No input or two, or two ways to name the validation files.
+        InputError: Nothing to read there.
+    """
+    if (input_dir is None) == (hf_dataset is None):
+        raise ConfigError("give either --input_dir (a folder or URL) or --hf_dataset (a name on the Hugging Face hub)")
+    if val_dir is not None and val_glob is not None:
+        raise ConfigError("--val_dir and --val_glob both name the validation files; give one")
+    root = str(input_dir) if hf_dataset is None else hub_folder(hf_dataset, hf_config, split)
+    files = _shards(root, "input_dir")
+    train, val, val_root = files, list[ListedFile](), root
+    if val_glob is not None:
+        val = [file for file in files if fnmatch.fnmatchcase(file.name, val_glob)]
+        train = [file for file in files if not fnmatch.fnmatchcase(file.name, val_glob)]
+        if not val or not train:
+            raise InputError(f"val_glob={val_glob!r} matches {len(val)} of {len(files)} files; each split needs some")
+    if val_dir is not None:
+        val, val_root = _shards(str(val_dir), "val_dir"), str(val_dir)
+        twice = {file.path for file in train} & {file.path for file in val}
+        if twice:
+            raise InputError(f"{min(twice)} is both in input_dir and in val_dir; move it, or use --val_glob")
+    return Inputs(
+        files=tuple([("train", file) for file in train] + [("val", file) for file in val]),
+        roots={"train": root, "val": val_root},
+    )
+
+
+def _shards(root: str, flag: str) -> list[ListedFile]:
+    """Every shard below a folder.
+
+    Raises:
+        InputError: No such folder, or no shard in it.
+    """
+    if not is_remote(root) and not Path(root).is_dir():
+        if Path(root).exists():
+            raise InputError(f"{flag}={root} is a file; give its folder, {Path(root).parent}")
+        siblings = [p.name for p in Path(root).parent.iterdir()] if Path(root).parent.is_dir() else []
+        near = did_you_mean(Path(root).name, siblings, limit=1)
+        hint = f"; did you mean {Path(root).parent / near[0]}?" if near else ""
+        raise InputError(f"{flag}={root} does not exist{hint}")
+    files = list_files(root, tuple(SUFFIXES))
+    if not files:
+        raise InputError(f"{flag}={root} has no file ending in {', '.join(SUFFIXES)} in it or below")
+    return files
+
+
+def hub_folder(name: str, config: str, split: str) -> str:
+    """URL of the folder that holds a hub dataset's split as Parquet.
+
+    The hub keeps a Parquet copy of every dataset, whatever its own format, on the branch `refs/convert/parquet`, which
+    its URLs call `~parquet`: CONFIG/SPLIT/0000.parquet and so on.
+
+    Raises:
+        InputError: No such dataset, configuration or split; names those there are.
+    """
+    base = f"hf://datasets/{name}@~parquet"
+    fs, inner = filesystem(base)
+    try:
+        configs = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(inner, detail=False))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the hub has no dataset {name!r}, or no Parquet copy of it; give --input_dir=hf://..."
+        ) from error
+    if config not in configs:
+        if config != "default" or len(configs) != 1:
+            raise InputError(f"{name} has no configuration {config!r}; it has {', '.join(configs)} (--hf_config)")
+        config = configs[0]
+    splits = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(f"{inner}/{config}", detail=False))
+    if split not in splits:
+        raise InputError(f"{name} has no split {split!r}; it has {', '.join(splits)} (--split)")
+    return f"{base}/{config}/{split}"

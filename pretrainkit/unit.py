@@ -1,0 +1,316 @@
+"""One work unit -> its chunks and its record, atomically; the same function under every executor.
+
+Comes in: the number of a unit. Goes out: `chunk-U-I.bin` files and `units/U.json` in this node's folders. Guarantee:
+the record in the training split's folder is written last, so its presence means that the unit is whole; a process
+killed at any moment leaves nothing that counts; doing a unit twice, anywhere, gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrainkit.boundaries import Boundaries, TokenArray
+from pretrainkit.chunks import ChunkWriter
+from pretrainkit.documents import DocumentBatch, OnBadInput, read_range, unusable
+from pretrainkit.errors import DatasetError
+from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
+from pretrainkit.records import Failure, SplitCounts, UnitRecord, add_counts, record_name
+from pretrainkit.storage import fsync_folder, is_remote, join, publish, read_bytes, storage_errors, write_atomic
+from pretrainkit.tokenizers import AUTO, EncodedDocuments
+from pretrainkit.tokenizers.auto import (
+    EngineDisprovedError,
+    check_equal,
+    compare_document,
+    load_engine,
+    reference_engine,
+)
+from pretrainkit.tokenizers.folder import special_ids
+from pretrainkit.tokenizers.gigatoken import string_buffers
+
+STAGE_PREFIX = ".stage-"
+
+_MAX_FAILURES_RECORDED = 1000
+# One document of each 4 MiB batch, of at most this size, is encoded by the reference too: about 1 % of the time.
+_CHECKED_DOCUMENT_BYTES = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker needs to know; everything else stands in the plan."""
+
+    output_dir: str
+    """Folder or URL that holds plan.json."""
+    plan_id: str
+    """Which plan is meant."""
+    roots: dict[str, str]
+    """Split -> folder or URL its shards' names are relative to."""
+    tokenizer_dir: str
+    """Local tokenizer folder."""
+    on_bad_input: OnBadInput = "fail"
+    """"fail": a unit with bad input is not committed; "skip": it is, and counts what it left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitResult:
+    """What became of a unit, small enough to travel."""
+
+    unit: int
+    """Number of the unit."""
+    text_bytes: int = 0
+    """Bytes of text encoded."""
+    tokens: int = 0
+    """Tokens written, markers included."""
+    committed: bool = True
+    """Whether its record stands."""
+    failures: tuple[Failure, ...] = ()
+    """Where bad input stood."""
+    disproved: str | None = None
+    """The document on which the fast engine was found wrong, or None; such a unit is not committed."""
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """Counts of a unit while it runs."""
+
+    rows: int = 0
+    dropped: list[dict[str, int]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def note(self, batch: DocumentBatch) -> None:
+        self.rows += batch.rows
+        self.dropped.append(batch.dropped)
+        self.failures += batch.failures[: _MAX_FAILURES_RECORDED - len(self.failures)]
+
+
+class UnitRunner:
+    """Runs units of one job in this process; what is dear (plan, tokenizer) is loaded once.
+
+    Args:
+        job: Which job.
+        node: Name of this node's output folders.
+
+    Raises:
+        DatasetError: The plan in the output folder is another one.
+        TokenizerError: The tokenizer cannot be loaded.
+    """
+
+    def __init__(self, job: Job, node: str) -> None:
+        self._job, self._node = job, node
+        text = read_bytes(join(job.output_dir, PLAN_FILENAME)).decode()
+        self.plan = Plan.from_json(text, join(job.output_dir, PLAN_FILENAME))
+        if self.plan.id != job.plan_id:
+            raise DatasetError(f"{job.output_dir} holds another plan now; is a second job writing there?")
+        settings, tokenizer_dir = self.plan.settings, Path(job.tokenizer_dir)
+        self._engine = load_engine(self.plan.engine, tokenizer_dir)
+        reference = reference_engine(tokenizer_dir)
+        # An engine chosen by name is the user's decision; one chosen by "auto" goes on proving itself.
+        checks = settings.engine == AUTO and self.plan.engine != reference
+        self._reference = load_engine(reference, tokenizer_dir) if checks else None
+        self._boundaries = Boundaries(
+            settings.boundary,
+            self.plan.tokenizer,
+            self.plan.token_dtype,
+            special_ids(tokenizer_dir, self.plan.tokenizer),
+        )
+
+    def run(self, index: int) -> UnitResult:
+        """Do one unit and publish it.
+
+        Raises:
+            StorageError: The output cannot be written.
+        """
+        unit = self.plan.units[index]
+        with storage_errors(f"write {self._job.output_dir}"), self._stage(index) as stage:
+            writers = {split: self._writer(stage, unit, split) for split in self.plan.splits}
+            progress = _Progress()
+            try:
+                for batch in self._batches(unit):
+                    self._take(batch, unit, writers, progress)
+            except EngineDisprovedError as error:
+                return UnitResult(unit=index, committed=False, disproved=str(error))
+            if progress.failures and self._job.on_bad_input == "fail":
+                return UnitResult(unit=index, committed=False, failures=tuple(progress.failures))
+            counts = {split: writer.finish() for split, writer in writers.items()}
+            self._publish(stage, unit, writers, counts, progress)
+        return UnitResult(
+            unit=index,
+            text_bytes=sum(c.text_bytes for c in counts.values()),
+            tokens=sum(c.tokens for c in counts.values()),
+            failures=tuple(progress.failures),
+        )
+
+    def _writer(self, stage: Path, unit: Unit, split: str) -> ChunkWriter:
+        (stage / split).mkdir()
+        return ChunkWriter(
+            stage / split,
+            unit=unit.index,
+            split=split,
+            dtype=self.plan.token_dtype,
+            chunk_bytes=self.plan.settings.chunk_bytes,
+            block_size=self.plan.settings.block_size,
+        )
+
+    def _batches(self, unit: Unit) -> Iterator[tuple[DocumentBatch, str]]:
+        """(batch, name of its shard) of a unit, in order."""
+        for shard, source in self.plan.sources(unit):
+            if shard.problem is not None:
+                yield unusable(source, shard.problem), shard.name
+                continue
+            path = join(self._job.roots[shard.split], shard.name)
+            for batch in read_range(path, source, self.plan.settings.text_column):
+                yield batch, shard.name
+
+    def _take(
+        self, item: tuple[DocumentBatch, str], unit: Unit, writers: dict[str, ChunkWriter], progress: _Progress
+    ) -> None:
+        """Encode one batch and hand it to the writers."""
+        batch, shard = item
+        progress.note(batch)
+        if not len(batch.texts):
+            return
+        encoded = self._engine.encode(batch.texts)
+        self._check_share(batch.texts, encoded)
+        texts, encoded = self._without_forged(batch.texts, encoded, shard, progress)
+        tokens, lengths = self._boundaries.insert(encoded)
+        text_offsets, characters = string_buffers(texts)
+        if "val" not in writers or unit.split == "val":
+            writers[unit.split].add(tokens, lengths, int(text_offsets[-1]))
+            return
+        is_val = in_validation(text_offsets, characters, self.plan.settings.val_fraction)
+        sizes = np.diff(text_offsets)
+        for split, chosen in (("train", ~is_val), ("val", is_val)):
+            if chosen.all():
+                writers[split].add(tokens, lengths, int(text_offsets[-1]))
+            elif chosen.any():
+                kept = tokens[np.repeat(chosen, lengths)]
+                writers[split].add(kept, lengths[chosen], int(sizes[chosen].sum()))
+
+    def _check_share(self, texts: Any, encoded: EncodedDocuments) -> None:
+        """Compare one small document of the batch with the reference; which one follows from the batch alone."""
+        if self._reference is None:
+            return
+        import pyarrow as pa
+
+        offsets, _ = string_buffers(texts)
+        small = np.flatnonzero(np.diff(offsets) <= _CHECKED_DOCUMENT_BYTES)
+        if not len(small):  # long documents: the beginning of one
+            start = texts[0].as_py()[: _CHECKED_DOCUMENT_BYTES // 2]
+            check_equal(self._engine, self._reference, pa.array([start]))
+            return
+        index = int(small[int(offsets[-1]) % len(small)])
+        expected = self._reference.encode(texts.slice(index, 1)).ids
+        got = encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]]
+        compare_document(got, expected, texts[index].as_py(), self._engine.name)
+
+    def _without_forged(
+        self, texts: Any, encoded: EncodedDocuments, shard: str, progress: _Progress
+    ) -> tuple[Any, EncodedDocuments]:
+        """Leave out documents for whose text the tokenizer gives a special token's id, as one of an unusual kind might.
+
+        Such a document would forge a boundary; what is left out is located and counted as a bad row.
+        """
+        forged = self._boundaries.forged(encoded)
+        if not len(forged):
+            return texts, encoded
+        import pyarrow as pa
+
+        keep = np.ones(len(texts), dtype=bool)
+        keep[forged] = False
+        detail = "the tokenizer gives the id of a special token for the text {!r}"
+        progress.note(
+            DocumentBatch(
+                texts=texts,
+                rows=0,
+                dropped={"bad_row": len(forged)},
+                failures=tuple(
+                    Failure(
+                        shard=shard,
+                        row_group=None,
+                        row=None,
+                        reason="bad_row",
+                        detail=detail.format(texts[i].as_py()[:80]),
+                    )
+                    for i in forged.tolist()
+                ),
+            )
+        )
+        lengths = np.diff(encoded.offsets)
+        offsets = np.zeros(int(keep.sum()) + 1, dtype=np.int64)
+        np.cumsum(lengths[keep], out=offsets[1:])
+        return texts.filter(pa.array(keep)), EncodedDocuments(encoded.ids[np.repeat(keep, lengths)], offsets)
+
+    @contextlib.contextmanager
+    def _stage(self, index: int) -> Iterator[Path]:
+        """A private folder for one attempt, on the file system of the output where that is local."""
+        if is_remote(self._job.output_dir):
+            with tempfile.TemporaryDirectory(prefix="pretrainkit-") as folder:
+                yield Path(folder)
+            return
+        name = f"{STAGE_PREFIX}{socket.gethostname()}-{os.getpid()}-{index}"
+        stage = Path(self._job.output_dir) / "train" / self._node / name
+        shutil.rmtree(stage, ignore_errors=True)  # a leftover of a dead process that had our number
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def _publish(
+        self,
+        stage: Path,
+        unit: Unit,
+        writers: dict[str, ChunkWriter],
+        counts: dict[str, SplitCounts],
+        progress: _Progress,
+    ) -> None:
+        """Chunks first, then the validation split's record, then the training split's, which commits the unit."""
+        for split, writer in reversed(writers.items()):
+            folder = join(self._job.output_dir, split, self._node)
+            record = UnitRecord(
+                plan=self.plan.id,
+                unit=unit.index,
+                units_planned=len(self.plan.units),
+                split=split,
+                documents_in=progress.rows,
+                dropped=add_counts(progress.dropped),
+                splits=counts,
+                chunks=tuple(writer.chunks),
+                source=tuple(source for _, source in self.plan.sources(unit)),
+                engine=self.plan.engine,
+                failures=tuple(progress.failures),
+            )
+            assert record.unaccounted() == 0, f"unit {unit.index}: {record.unaccounted()} documents unaccounted for"
+            if not is_remote(folder):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            for chunk in writer.chunks:
+                publish(stage / split / chunk.filename, join(folder, chunk.filename))
+            if writer.chunks and not is_remote(folder):
+                fsync_folder(folder)
+            write_atomic(join(folder, record_name(unit.index)), record.to_json())
+
+
+def in_validation(offsets: TokenArray, characters: TokenArray, fraction: float) -> TokenArray:
+    """(documents,) bool: whether each document goes to validation, by a hash of its bytes.
+
+    Args:
+        offsets: (documents + 1,) where each document begins in `characters`.
+        characters: (bytes,) uint8.
+        fraction: Share that goes to validation.
+    """
+    import xxhash
+
+    data, digest, bounds = characters.data, xxhash.xxh3_64_intdigest, offsets.tolist()
+    # One C call per document: a vectorised hash over ragged text costs more than this loop.
+    hashes = np.array([digest(data[a:b]) for a, b in itertools.pairwise(bounds)], dtype=np.uint64)
+    return hashes < np.uint64(round(fraction * 2**64))
