@@ -31,8 +31,8 @@ class SourceChunk:
 
     record: ChunkRecord
     """What was recorded when it was written."""
-    paths: tuple[Path, ...]
-    """Where it lies: in more than one place when several nodes made the unit."""
+    folders: tuple[Path, ...]
+    """Where it lies: in more than one folder when several nodes made the unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +99,15 @@ def load_sources(source_dir: Path) -> Sources:
     keys = sorted(copies)
     for key in keys:
         _check_copies(copies[key])
+    chunks: list[SourceChunk] = []
+    for key in keys:
+        lies_in = tuple(folder for folder, _ in copies[key])
+        chunks += [SourceChunk(record=chunk, folders=lies_in) for chunk in copies[key][0][1].chunks]
     return Sources(
         folders=tuple(folders),
         info=_shared_info(infos),
         records=tuple(copies[key][0][1] for key in keys),
-        chunks=tuple(
-            SourceChunk(record=chunk, paths=tuple(folder / chunk.filename for folder, _ in copies[key]))
-            for key in keys
-            for chunk in copies[key][0][1].chunks
-        ),
+        chunks=tuple(chunks),
     )
 
 

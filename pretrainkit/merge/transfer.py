@@ -8,6 +8,7 @@ but files of this merge is ever replaced or removed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,8 @@ def find_intact(chunk: SourceChunk, moved_to: Path | None, info: DatasetInfo, le
         DatasetError: No copy is intact; tells what is wrong with the first.
     """
     problem: DatasetError | None = None
-    for path in (*chunk.paths, *([moved_to] if moved_to is not None else [])):
+    paths = [folder / chunk.record.filename for folder in chunk.folders]
+    for path in (*paths, *([moved_to] if moved_to is not None else [])):
         try:
             verify_chunk(path, chunk.record, info.token_dtype, info.tokenizer.vocab_size, level)
             return path
@@ -78,7 +80,14 @@ def place_whole(source: Path, target: Path, record: ChunkRecord, mode: MergeMode
         StorageError: The file system cannot do what `mode` asks for, or the disk is full.
         DatasetError: The bytes changed under our hands.
     """
-    placed = ChunkRecord(**{**vars(record), "filename": target.name})
+    placed = dataclasses.replace(record, filename=target.name)
+    try:
+        if mode in ("auto", "link"):  # the common case first: one system call and done
+            os.link(source, target, follow_symlinks=False)
+            return Placed(placed, "linked")
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK | {errno.EEXIST, errno.ENOSPC, errno.EDQUOT}:
+            raise
     with storage_errors(f"write {target}"):
         same_size = target.exists() and target.stat().st_size == record.bytes
         if same_size and (os.path.samefile(source, target) or checksum(target) == record.checksum):
