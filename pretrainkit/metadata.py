@@ -1,9 +1,9 @@
 """What a dataset is made of: `metadata.json` <-> `DatasetInfo`.
 
-Comes in: the facts a stage knows about the dataset it wrote. Goes out: one JSON file beside `index.json` that says which
-tokenizer, type, boundary rule and settings made the tokens, and accounts for every document. Guarantee: the file is a pure
-function of inputs and settings; it holds no time stamp, host name or path of the machine that wrote it, so the same inputs
-give the same bytes.
+Comes in: the facts a stage knows about the dataset it wrote. Goes out: one JSON file beside `index.json` that says
+which tokenizer, type, boundary rule and settings made the tokens, and accounts for every document. Guarantee: the file
+is a pure function of inputs and settings; it holds no time stamp, host name or path of the machine that wrote it, so
+the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pretrainkit.errors import DatasetError
 from pretrainkit.registry import did_you_mean
 
 METADATA_FILENAME = "metadata.json"
+TOKENIZER_FOLDER = "tokenizer"  # beside metadata.json: a copy of the tokenizer folder's files
 FORMAT_VERSION = 1
 
 Boundary = Literal["bos", "eos", "both"]
 TokenDtype = Literal["uint16", "int32"]
 
-# What can become of a document besides being kept. "tail" counts tokens, the others count documents.
-DROP_REASONS = ("empty", "null", "not_text", "too_long", "bad_file", "bad_row")
+# What can become of a row that is not kept. "tail": a document wholly in the tokens left out at the very end.
+DROP_REASONS = ("empty", "null", "not_text", "too_long", "bad_file", "bad_row", "tail")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,8 @@ class DatasetInfo:
                 "make the dataset again or install the version that wrote it"
             )
         tokenizer = _build(TokenizerInfo, raw.pop("tokenizer"), f"{source}: tokenizer")
-        return _build(cls, {**raw, "tokenizer": tokenizer}, source)
+        info: DatasetInfo = _build(cls, {**raw, "tokenizer": tokenizer}, source)
+        return info
 
     @classmethod
     def load(cls, folder: str | Path) -> DatasetInfo:

@@ -502,7 +502,7 @@ def test_chunk_that_is_a_pipe_is_refused(source):
         (lambda raw: raw.update(documents_in=99), "does not account for all"),
         (lambda raw: raw["splits"]["train"].update(tokens=1), "does not account for all"),
         (lambda raw: raw.update(split="val"), "belongs to another split"),
-        (lambda raw: raw.update(plan="b" * 64), "comes from another plan"),
+        (lambda raw: raw.update(plan="b" * 64), r"1 of the plan's 6 units are missing \(unit 4\)"),
         (lambda raw: raw.update(units_planned=7), "others say"),
     ],
 )
@@ -512,9 +512,21 @@ def test_impossible_record_is_refused(source, change, message):
     refused(source, message)
 
 
-def test_folder_without_metadata_is_named(source):
+def test_folder_without_metadata_is_known_by_its_plan(source, tmp_path):
     (source / "n2/metadata.json").unlink()
-    refused(source, r"n2 has no metadata\.json")
+    merge_datasets(source, tmp_path / "t")
+    assert all_tokens(tmp_path / "t") == stream_of(make_units(6))
+
+
+def test_folders_without_any_metadata_are_named(source):
+    for path in source.glob("*/metadata.json"):
+        path.unlink()
+    refused(source, r"n1 has no metadata\.json: its node did not finish")
+
+
+def test_folder_without_records_is_named(source):
+    shutil.rmtree(source / "n2/units")
+    refused(source, r"n2 has no units/ with unit records")
 
 
 def test_folder_above_the_splits_is_answered_with_the_right_one(source):
@@ -625,11 +637,21 @@ def test_layout_does_not_change_when_nothing_needs_joining():
 def test_a_thousand_sources_of_a_hundred_chunks_take_seconds(tmp_path):
     import time
 
-    chunk = [np.array([1, EOS], "uint16")]
-    units = [Unit(n, [chunk] * 100, [1] * 100, [2] * 100) for n in range(1000)]
-    source = write_nodes(tmp_path / "s", units, {f"n{n}": [n] for n in range(1000)}, settings={"chunk_bytes": 16})
+    documents = [[np.array([1, EOS], "uint16")] for _ in range(100)]
+    source = write_nodes(tmp_path / "s", [Unit(0, documents, [1] * 100, [2] * 100)], {"n0": [0]})
+    text, index = ((source / "n0" / name).read_text() for name in (record_name(0), "index.json"))
+    info = DatasetInfo.load(source / "n0")
+    metadata = dataclasses.replace(info, units_planned=1000, settings={"chunk_bytes": 16}).to_json()
+    for number in range(1000):  # the same bytes under other names are quick to make
+        folder = source / f"n{number}"
+        (folder / "units").mkdir(parents=True, exist_ok=True)
+        for chunk in range(100 if number else 0):
+            os.link(source / f"n0/chunk-0-{chunk}.bin", folder / f"chunk-{number}-{chunk}.bin")
+        record = json.loads(text.replace("chunk-0-", f"chunk-{number}-"))
+        (folder / record_name(number)).write_text(json.dumps({**record, "unit": number, "units_planned": 1000}))
+        (folder / "index.json").write_text(index.replace("chunk-0-", f"chunk-{number}-"))
+        (folder / "metadata.json").write_text(metadata)
     start = time.monotonic()
     info = merge_datasets(source, tmp_path / "t")
-    seconds = time.monotonic() - start
     assert (info.chunks, info.documents) == (100_000, 100_000)
-    assert seconds < 60  # about 15 s on two busy cores; the bound allows for slow disks
+    assert time.monotonic() - start < 60  # 12 s on two busy cores; the bound allows for slow disks

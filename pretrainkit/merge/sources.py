@@ -9,6 +9,7 @@ plan, so it does not matter which node made what.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from pretrainkit.formats.litdata import INDEX_FILENAME, read_index
 from pretrainkit.metadata import METADATA_FILENAME, DatasetInfo
 from pretrainkit.records import RECORDS_FOLDER, ChunkRecord, UnitRecord, load_records
 from pretrainkit.verify import check_numbers
+
+logger = logging.getLogger(__name__)
 
 # What all sources must agree on. A tokenizer's folder name may differ; the ids it gives may not.
 _SHARED = ("split", "token_dtype", "boundary", "block_size")
@@ -79,15 +82,18 @@ def load_sources(source_dir: Path) -> Sources:
         DatasetError: A folder is damaged or does not belong to the others, or a unit is missing.
     """
     folders = find_node_folders(source_dir)
-    infos = [_load_info(folder) for folder in folders]
+    loaded = [(folder, load_records(folder)) for folder in folders]
+    infos = _load_infos(loaded)
     for folder, info in zip(folders[1:], infos[1:], strict=True):
         _check_same(folder, info, folders[0], infos[0])
     copies: dict[tuple[str, int], list[tuple[Path, UnitRecord]]] = defaultdict(list)
     planned: dict[str, int] = {}
-    for folder, info in zip(folders, infos, strict=True):
-        records = load_records(folder)
+    for (folder, records), info in zip(loaded, infos, strict=True):
         _check_index(folder, info, records)
         for record in records:
+            if record.plan not in info.plans:
+                logger.warning("%s: unit %s is of a plan that was given up; left out", folder, record.unit)
+                continue
             _check_record(folder, info, record)
             if planned.setdefault(record.plan, record.units_planned) != record.units_planned:
                 raise DatasetError(
@@ -111,15 +117,26 @@ def load_sources(source_dir: Path) -> Sources:
     )
 
 
-def _load_info(folder: Path) -> DatasetInfo:
-    if not (folder / METADATA_FILENAME).is_file():
-        raise DatasetError(
-            f"{folder} has no {METADATA_FILENAME}: its node did not finish, or something else wrote it; run optimize "
-            "again with the same settings"
-        )
-    if not (folder / RECORDS_FOLDER).is_dir():
-        raise DatasetError(f"{folder} has no {RECORDS_FOLDER}/ with its unit records; merge takes folders of optimize")
-    return DatasetInfo.load(folder)
+def _load_infos(loaded: list[tuple[Path, list[UnitRecord]]]) -> list[DatasetInfo]:
+    """Each folder's metadata; a node that died before it wrote its own has that of another node of the same plan.
+
+    Raises:
+        DatasetError: No folder of the plan has any, or a folder holds no records.
+    """
+    own = {folder: DatasetInfo.load(folder) for folder, _ in loaded if (folder / METADATA_FILENAME).is_file()}
+    by_plan = {plan: info for info in own.values() for plan in info.plans}
+    infos = []
+    for folder, records in loaded:
+        if not (folder / RECORDS_FOLDER).is_dir():
+            raise DatasetError(f"{folder} has no {RECORDS_FOLDER}/ with unit records; merge takes folders of optimize")
+        info = own.get(folder) or next((by_plan[r.plan] for r in records if r.plan in by_plan), None)
+        if info is None:
+            raise DatasetError(
+                f"{folder} has no {METADATA_FILENAME}: its node did not finish; run optimize again with the same "
+                "settings, it continues"
+            )
+        infos.append(info)
+    return infos
 
 
 def _check_same(folder: Path, info: DatasetInfo, first_folder: Path, first: DatasetInfo) -> None:
@@ -159,8 +176,6 @@ def _check_record(folder: Path, info: DatasetInfo, record: UnitRecord) -> None:
         raise DatasetError(f"{where} has an impossible number in its record; it is damaged, make it again")
     if record.split != info.split or any(chunk.split != info.split for chunk in record.chunks):
         raise DatasetError(f"{where} belongs to another split than {info.split}; put it back where it was")
-    if info.plans and record.plan not in info.plans:
-        raise DatasetError(f"{where} comes from another plan than its folder; remove what does not belong there")
     for chunk in record.chunks:
         check_numbers(chunk, where)
     counts = record.splits.get(info.split)

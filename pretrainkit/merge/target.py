@@ -15,12 +15,10 @@ from pathlib import Path
 from pretrainkit.errors import DatasetError, StorageError, TokenizerError
 from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, write_index
 from pretrainkit.merge.sources import Sources
-from pretrainkit.metadata import METADATA_FILENAME, DatasetInfo
+from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.records import ChunkRecord
 from pretrainkit.storage import fsync_folder, storage_errors, write_atomic
 from pretrainkit.verify import CHECKSUMS_FILENAME, read_checksums, write_checksums
-
-TOKENIZER_FOLDER = "tokenizer"
 
 # Holds the fingerprint of the merge that is under way.
 _MARK = ".merging"
