@@ -151,7 +151,7 @@ def _lines(config: PretrainConfig, facts: Facts, device: Device, memory: Memory)
     parts = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
     rows = {
         "model": f"{name}: {parameters:,} parameters, context {facts.block_size:,}",
-        "data": f"{blocks:,} blocks = {blocks * facts.block_size:,} tokens; one pass is {plan.steps_per_epoch:,.1f} steps",
+        "data": f"{blocks:,} blocks = {blocks * facts.block_size:,} tokens, {plan.steps_per_epoch:,.1f} steps a pass",
         "batch": f"{train.global_batch_size:,} blocks = {plan.tokens_per_step:,} tokens per step",
         "ranks": f"{plan.world_size} ranks x {plan.accumulation} micro batches x {train.micro_batch_size} blocks",
         "memory": f"{_gb(memory.total)} of {_gb(device.memory_bytes)} per rank",
