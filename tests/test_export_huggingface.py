@@ -170,6 +170,8 @@ def test_large_models_are_written_as_several_files_with_an_index(tmp_path: Path)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("model-*.safetensors"))
     assert len(files) > 1
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert len(modes) == 1, "safetensors' own mode lets nobody else read"
     assert sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
     assert largest_difference(model, tmp_path / "hf") <= 1e-4

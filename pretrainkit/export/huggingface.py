@@ -64,7 +64,7 @@ def export_hf(
         config = transformers_config(model.config, dtype=model.dtype, tied=tied, bos_id=ids.bos_id, eos_id=ids.eos_id)
         write_json(stage / "config.json", config)
         write_json(stage / "generation_config.json", generation_config(ids))
-        write_model_card(stage / CARD_FILENAME, model, family)
+        write_model_card(stage / CARD_FILENAME, model, family, tied=tied)
         write_safetensors(stage, huggingface_tensors(model, tied=tied), max_shard_bytes)
         if verify:
             difference = logit_difference(model, stage)
@@ -88,6 +88,7 @@ def logit_difference(model: TrainedModel, folder: Path) -> float:
     import torch
     from litgpt import GPT
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     length = min(_VERIFY_TOKENS, model.config.block_size)
     tokens = torch.randint(model.config.padded_vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
@@ -96,6 +97,7 @@ def logit_difference(model: TrainedModel, folder: Path) -> float:
         reference.load_state_dict({name: tensor.read() for name, tensor in model.tensors.items()})
         expected = reference.eval()(tokens)
         del reference
+        transformers_logging.disable_progress_bar()
         # eager: the one implementation of attention that has every architecture's soft caps.
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         found = loaded.eval()(tokens).logits

@@ -44,12 +44,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
 
 
-def write_model_card(path: Path, model: TrainedModel, family: Family) -> None:
+def write_model_card(path: Path, model: TrainedModel, family: Family, *, tied: bool) -> None:
     """Write the card; what training left beside the checkpoint is told, what is unknown is left out."""
     config = model.config
     facts: dict[str, Any] = {
         "Architecture": family.architecture,
-        "Parameters": f"{num_parameters(config):,}",
+        "Parameters": f"{num_parameters(config, tie_embeddings=tied):,}",
         "Layers, width, heads": f"{config.n_layer}, {config.n_embd}, {config.n_head}",
         "Context length": f"{config.block_size:,} tokens",
         "Vocabulary": f"{config.padded_vocab_size:,} rows",

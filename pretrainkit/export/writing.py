@@ -147,12 +147,20 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
         # clone: save_file refuses views into one storage, which the parts of a fused projection are.
         shard = {name: tensors[name].read().clone(memory_format=_contiguous()) for name in names}
         with storage_errors(f"write {folder / filename}"):
-            save_file(shard, folder / filename, metadata={"format": "pt"})
+            _save_readable(save_file, shard, folder / filename)
         weight_map.update(dict.fromkeys(names, filename))
     if width > 1:
         total = sum(tensor.num_bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def _save_readable(save_file: Any, shard: dict[str, Any], path: Path) -> None:
+    """Safetensors makes files that only their owner can read; give this one the usual mode."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _contiguous() -> torch.memory_format:

@@ -44,7 +44,7 @@ def complete_checkpoints(out_dir: Path) -> list[Path]:
     found = [path for path in steps if (path / MANIFEST_FILENAME).is_file()]
     final = out_dir / FINAL_FOLDER
     if (final / MANIFEST_FILENAME).is_file():
-        found.append(final)
+        found.insert(0, final)  # sorting keeps the order of equals
     return sorted(found, key=_claimed_step, reverse=True)
 
 
