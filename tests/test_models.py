@@ -172,6 +172,25 @@ def test_document_mask_equals_each_document_alone(kind, name):
     torch.testing.assert_close(together.loss, expected, rtol=2e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # slow, but the same numbers
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "latent"])
+def test_flex_attention_sees_what_the_plain_mask_allows(kind, monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    from pretrainkit.models import gpt
+
+    model = build({**KINDS[kind], "block_size": 200}, document_boundary=BOUNDARIES["eos"][0])
+    tokens = random_tokens(batch=3, length=200)
+    tokens[:, [40, 41, 150]] = EOS
+    with torch.no_grad():
+        plain = model(tokens)
+        monkeypatch.setattr(gpt, "_has_flex_kernels", lambda device: True)
+        monkeypatch.setattr(gpt, "_flex", vars(flex_attention))
+        sparse = model(tokens)
+    torch.testing.assert_close(sparse.loss, plain.loss, rtol=1e-6, atol=0)
+    assert sparse.num_targets == plain.num_targets == 3 * (199 - 3)
+
+
 def test_boundary_without_its_marker_is_refused():
     with pytest.raises(DatasetError, match="boundary rule is 'both'.*bos None and eos 2"):
         DocumentBoundary(rule="both", eos_id=2)

@@ -20,6 +20,7 @@ from pretrainkit.stream import (
     PretrainDataset,
     SourceOrder,
     build_validation_loader,
+    document_boundary,
     open_sources,
 )
 from pretrainkit.stream import order as order_module
@@ -247,6 +248,18 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path):
         open_sources({str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 1.0}, "train", 7)
 
 
+def test_sources_of_different_boundary_rules_cannot_share_a_mask(tmp_path):
+    write_dataset(tmp_path / "a" / "train")
+    write_dataset(tmp_path / "b" / "train", boundary="bos")
+    write_dataset(tmp_path / "c" / "train", info=False)
+    sources = open_sources({str(tmp_path / name): 1.0 for name in "abc"}, "train", 7)
+    assert document_boundary(sources[:1]) == DocumentBoundary(rule="eos", bos_id=1, eos_id=2)
+    with pytest.raises(DatasetError, match="b/train marks documents by bos, .*a/train by eos"):
+        document_boundary(sources[:2])
+    with pytest.raises(DatasetError, match=r"c/train has no metadata.json"):
+        document_boundary(sources[2:])
+
+
 def test_ids_beyond_the_vocabulary_are_found_without_metadata(tmp_path):
     folder = write_dataset(tmp_path / "plain", info=False)
     assert BlockSource(folder, 7, vocabulary=128).blocks([15])[0, -1] == 127
@@ -337,6 +350,14 @@ def test_remote_segment_is_fetched_once_while_it_stays(remote, tmp_path, monkeyp
         sources = open_sources({remote: 1.0}, "train", BLOCK - 1, cache_dir=tmp_path / "cache")
         global_order(sources, 4)
     assert sorted(fetched) == list(range(9))
+
+
+def test_segment_cut_short_in_the_cache_is_fetched_again(remote, dataset, tmp_path):
+    for _ in range(2):
+        source = BlockSource(f"{remote}/train", BLOCK - 1, cache_dir=tmp_path / "cache")
+        assert source.blocks(range(16)).tolist() == BlockSource(dataset, BLOCK - 1).blocks(range(16)).tolist()
+        for path in (tmp_path / "cache").rglob("segment-*.bin"):
+            path.write_bytes(path.read_bytes()[:-1])
 
 
 def test_remote_chunk_of_the_wrong_size_is_named(remote, tmp_path):

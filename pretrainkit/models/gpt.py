@@ -6,7 +6,6 @@ copies or converts logits. Guarantee: without a document mask, the loss and its 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,7 +157,7 @@ class PretrainGPT(GPT):  # type: ignore[misc]
             return None
         batch, length = inputs.shape
         soft_capped = self.config.attention_logit_softcapping is not None
-        if inputs.is_cuda and not soft_capped:
+        if _has_flex_kernels(inputs.device) and not soft_capped:
             return _block_mask(batch, length, document_ids, window, inputs.device)
         allowed = allowed_attention(length, document_ids, window).to(inputs.device)
         if soft_capped:  # litgpt adds this mask to the scores instead of handing it to PyTorch
@@ -166,19 +165,27 @@ class PretrainGPT(GPT):  # type: ignore[misc]
         return allowed
 
 
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _has_flex_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"  # on a CPU FlexAttention has no backward pass
 
-    # Uncompiled, FlexAttention computes the whole score matrix; inside a compiled block this wrapper is inlined.
-    return torch.compile(flex_attention)
+
+# FlexAttention's functions, compiled: else they work on the whole score matrix. Filled when the first mask is made, not
+# at import, which would cost every CPU run the compiler's start; a plain dictionary: compiled blocks look into it.
+_flex: dict[str, Callable[..., Any]] = {}
+
+
+def _load_flex() -> None:
+    if not _flex:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        _flex["create_block_mask"] = torch.compile(create_block_mask)
+        _flex["flex_attention"] = torch.compile(flex_attention)
 
 
 def _block_mask(
     batch: int, length: int, document_ids: torch.Tensor | None, window: int | None, device: torch.device
 ) -> Any:
     """FlexAttention's sparse form of `allowed_attention`: fully masked tiles are never computed."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def allowed(b: Any, _head: Any, query: Any, key: Any) -> Any:
         result = query >= key
@@ -188,9 +195,9 @@ def _block_mask(
             result = result & (document_ids[b, query] == document_ids[b, key])
         return result
 
-    return create_block_mask(
-        allowed, batch if document_ids is not None else None, None, length, length, device=str(device), _compile=True
-    )
+    _load_flex()
+    batch_size = batch if document_ids is not None else None
+    return _flex["create_block_mask"](allowed, batch_size, None, length, length, device=str(device))
 
 
 class _FlexMixin:
@@ -206,7 +213,7 @@ class _FlexMixin:
         width = q.shape[-1]  # head_size, or the query width of latent attention
         scale = self.mscale * self.mscale / math.sqrt(config.attention_scores_scalar or width)  # type: ignore[attr-defined]
         # Under autocast a norm on queries and keys leaves them in fp32; the kernel wants one type.
-        y = _compiled_flex_attention()(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, scale=scale)
+        y: torch.Tensor = _flex["flex_attention"](q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, scale=scale)
         return y.transpose(1, 2)
 
 

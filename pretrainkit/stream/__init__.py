@@ -1,6 +1,7 @@
 """Datasets as blocks of tokens in training order.
 
-    source      one dataset as a row of blocks, local or remote
+    source      one dataset as a row of blocks; remote reads it by segment through a cache
+    sources     the datasets of a run
     order       which block comes when: a pure function of (seed, position)
     loader      this rank's micro batches, made ahead by threads
     validation  equally many batches on every rank
@@ -12,7 +13,8 @@ Nothing here depends on how many ranks, threads or restarts there are but which 
 from pretrainkit.stream.dataset import PretrainDataset
 from pretrainkit.stream.loader import BlockLoader
 from pretrainkit.stream.order import Mixture, SourceOrder
-from pretrainkit.stream.source import BlockSource, open_sources
+from pretrainkit.stream.source import BlockSource
+from pretrainkit.stream.sources import document_boundary, open_sources
 from pretrainkit.stream.validation import ValidationLoader, build_validation_loader
 
 __all__ = [
@@ -23,5 +25,6 @@ __all__ = [
     "SourceOrder",
     "ValidationLoader",
     "build_validation_loader",
+    "document_boundary",
     "open_sources",
 ]

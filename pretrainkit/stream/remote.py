@@ -72,6 +72,9 @@ class RemoteSegments:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._open.clear()
 
+    def _blocks(self, segment: int) -> int:
+        return int(self.part_starts[segment + 1] - self.part_starts[segment])
+
     def _path(self, segment: int) -> Path:
         return self._folder / f"segment-{segment}.bin"
 
@@ -94,7 +97,9 @@ class RemoteSegments:
             except FileNotFoundError:
                 self._fetch(segment)
                 continue
-            return tokens
+            if tokens.nbytes == self._blocks(segment) * self._block_bytes:
+                return tokens
+            path.unlink(missing_ok=True)  # cut short by a power cut
         raise ConfigError(
             f"segments of {self._source.folder} leave the cache {self._folder} before they are read; "
             "raise data.max_cache_bytes"

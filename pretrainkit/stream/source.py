@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -206,64 +206,6 @@ class OpenParts:
         """Let go of all of them."""
         with self._lock:
             self._parts.clear()
-
-
-def open_sources(
-    sources: Mapping[str, float],
-    split: str,
-    block_size: int,
-    *,
-    vocabulary: int | None = None,
-    cache_dir: Path | None = None,
-    max_cache_bytes: int = 50_000_000_000,
-) -> list[BlockSource]:
-    """One split of every dataset of a mixture, in the order given.
-
-    Args:
-        sources: Dataset folder or URL -> weight. A folder has `train` and `val` in it, or is itself the training split.
-        split: "train" or "val"; sources without a validation split are left out of "val".
-        block_size: The model's context.
-        vocabulary: See `BlockSource`.
-        cache_dir: See `BlockSource`.
-        max_cache_bytes: See `BlockSource`; shared evenly.
-
-    Raises:
-        DatasetError: A source is no dataset, or its tokens were made by another tokenizer than the first's.
-    """
-    opened = [
-        BlockSource(
-            folder,
-            block_size,
-            vocabulary=vocabulary,
-            cache_dir=cache_dir,
-            max_cache_bytes=max_cache_bytes // len(sources),
-        )
-        for source in sources
-        if (folder := _split_folder(source, split)) is not None
-    ]
-    described = [source for source in opened if source.info is not None]
-    for source in described[1:]:
-        first = described[0]
-        assert first.info is not None and source.info is not None  # noqa: PT018 - for the type checker
-        if source.info.tokenizer.sha256 != first.info.tokenizer.sha256:
-            raise DatasetError(
-                f"{source.folder} was made with tokenizer {source.info.tokenizer.name!r}, {first.folder} with "
-                f"{first.info.tokenizer.name!r}; their ids mean different text: tokenize both with one"
-            )
-    return opened
-
-
-def _split_folder(source: str, split: str) -> str | None:
-    folder = join(source, split)
-    if exists(join(folder, INDEX_FILENAME)):
-        return folder
-    if exists(join(source, INDEX_FILENAME)):
-        return str(source) if split == "train" else None
-    if split != "train" and exists(join(source, "train", INDEX_FILENAME)):
-        return None
-    raise DatasetError(
-        f"{source} holds no dataset: neither {split}/{INDEX_FILENAME} nor {INDEX_FILENAME}; merge it first"
-    )
 
 
 def _read_text(path: str, missing: str) -> str:
