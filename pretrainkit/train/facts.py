@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import DatasetError
 from pretrainkit.models import build_model, check_vocabulary, resolve_config
-from pretrainkit.models.documents import DocumentBoundary
-from pretrainkit.stream import BlockSource, open_sources
+from pretrainkit.stream import BlockSource, document_boundary, open_sources
 from pretrainkit.train.arithmetic import RunPlan, plan_run
 from pretrainkit.train.parallel import parameter_dtype
 
@@ -44,7 +42,7 @@ def look_at(config: PretrainConfig, world_size: int) -> Facts:
     """
     model_config = resolve_config(config.model_name, config.model_config)
     block_size = config.train.max_seq_length or model_config.block_size
-    sources = open_training_sources(config, block_size)
+    sources = open_training_sources(config, block_size, model_config.padded_vocab_size)
     for source in sources:
         if source.info is not None:
             check_vocabulary(model_config, source.info, source.folder)
@@ -58,12 +56,13 @@ def look_at(config: PretrainConfig, world_size: int) -> Facts:
     return Facts(model_config=model_config, block_size=block_size, sources=sources, plan=plan)
 
 
-def open_training_sources(config: PretrainConfig, block_size: int) -> list[BlockSource]:
-    """The training split of every source."""
+def open_training_sources(config: PretrainConfig, block_size: int, vocabulary: int) -> list[BlockSource]:
+    """The training split of every source; ids from `vocabulary` on are refused."""
     return open_sources(
         config.sources,
         "train",
         block_size,
+        vocabulary=vocabulary,
         cache_dir=config.data.cache_dir,
         max_cache_bytes=config.data.max_cache_bytes,
     )
@@ -75,15 +74,7 @@ def new_model(config: PretrainConfig, facts: Facts, device: torch.device) -> tor
     Raises:
         DatasetError: document_mask is on and nothing says how documents are told apart.
     """
-    boundary = None
-    if config.data.document_mask:
-        info = facts.sources[0].info
-        if info is None:
-            raise DatasetError(
-                f"{facts.sources[0].folder} has no metadata.json, so nothing says how its documents are told apart; "
-                "turn data.document_mask off or make the dataset with optimize_dataset.py"
-            )
-        boundary = DocumentBoundary.of(info)
+    boundary = document_boundary(facts.sources) if config.data.document_mask else None
     with torch.device("meta"), parameter_dtype(config.precision):
         return build_model(
             facts.model_config,

@@ -164,7 +164,7 @@ def _is_finished(config: PretrainConfig, start: Path, plan: RunPlan) -> bool:
 def _open_loader(config: PretrainConfig, facts: Facts, rank: int, world_size: int, state: TrainState) -> BlockLoader:
     """Training data from where the state stands, counted in samples, so that another batch size goes on there too."""
     return BlockLoader(
-        open_training_sources(config, facts.block_size),
+        open_training_sources(config, facts.block_size, facts.model_config.padded_vocab_size),
         weights=list(config.sources.values()),
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
