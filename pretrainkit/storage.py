@@ -155,7 +155,11 @@ def folder_lock(folder: str | Path, doing: str, *, shared: bool = False, wait: b
             ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            if not shared:  # a finished folder holds the same bytes whoever made it
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 

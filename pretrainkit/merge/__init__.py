@@ -27,6 +27,7 @@ from pretrainkit.merge.sources import Sources, load_sources
 from pretrainkit.merge.target import claim, copy_tokenizer_of, is_finished, publish
 from pretrainkit.merge.transfer import MergeMode, Placed, find_intact, place_joined, place_whole
 from pretrainkit.metadata import DatasetInfo
+from pretrainkit.signals import interruptible
 from pretrainkit.storage import folder_lock
 from pretrainkit.verify import VerifyLevel
 
@@ -90,14 +91,15 @@ def merge_datasets(
     if is_finished(target_dir, fingerprint):
         logger.info("%s is complete already: the same %s units are merged there", target_dir, len(sources.records))
         return DatasetInfo.load(target_dir)
-    intact = _verify(sources, outputs, target_dir, verify)
-    with folder_lock(target_dir, "merge"):
-        claim(target_dir, fingerprint, [output.filename for output in outputs])
-        placed = _place(sources, outputs, intact, target_dir, mode)
-        copy_tokenizer_of(sources, target_dir)
-        chunks = [p.record for p in placed]
-        info = describe(sources, chunks, tail, intact)
-        publish(target_dir, fingerprint, info, chunks, _chunk_bytes(sources.info))
+    with interruptible("nothing is lost: run the same command again to go on"):
+        intact = _verify(sources, outputs, target_dir, verify)
+        with folder_lock(target_dir, "merge"):
+            claim(target_dir, fingerprint, [output.filename for output in outputs])
+            placed = _place(sources, outputs, intact, target_dir, mode)
+            copy_tokenizer_of(sources, target_dir)
+            chunks = [p.record for p in placed]
+            info = describe(sources, chunks, tail, intact)
+            publish(target_dir, fingerprint, info, chunks, _chunk_bytes(sources.info))
     _report(info, sources, placed, target_dir, time.monotonic() - started)
     return info
 
