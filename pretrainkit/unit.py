@@ -53,8 +53,10 @@ class Job:
     """Folder or URL that holds plan.json."""
     plan_id: str
     """Which plan is meant."""
-    roots: dict[str, str]
-    """Split -> folder or URL its shards' names are relative to."""
+    train_root: str
+    """Folder or URL the training shards' names are relative to."""
+    val_root: str
+    """The same for explicit validation shards."""
     tokenizer_dir: str
     """Local tokenizer folder."""
     on_bad_input: OnBadInput = "fail"
@@ -167,7 +169,7 @@ class UnitRunner:
             if shard.problem is not None:
                 yield unusable(source, shard.problem), shard.name
                 continue
-            path = join(self._job.roots[shard.split], shard.name)
+            path = join(self._job.val_root if shard.split == "val" else self._job.train_root, shard.name)
             for batch in read_range(path, source, self.plan.settings.text_column):
                 yield batch, shard.name
 

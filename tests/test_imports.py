@@ -26,6 +26,7 @@ LAYERS = [
     ["boundaries", "chunks", "inputs", "progress", "sampling"],
     ["unit"],
     ["executors", "nodes"],
+    ["job"],
     ["optimize"],
     ["merge"],
     ["stream"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -11,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.conftest import BOS, EOS, make_texts, write_parquet
 
 from pretrainkit.errors import ConfigError, InputError, StorageError
 from pretrainkit.formats.litdata import read_chunk, read_index
@@ -19,6 +19,7 @@ from pretrainkit.metadata import DatasetInfo
 from pretrainkit.optimize import optimize_dataset
 from pretrainkit.records import load_records
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments
+from tests.conftest import BOS, EOS, make_texts, write_parquet
 
 
 def run(input_dir, tokenizer_dir, output_dir, **flags):
@@ -73,7 +74,7 @@ def test_tokens_are_those_of_tokenizers_in_the_order_of_the_sorted_shards(
     parquet_dir, tokenizer_dir, tmp_path, marker_ids
 ):
     summary = run(parquet_dir, tokenizer_dir, tmp_path / "out", engine="auto")
-    expected = [ids + [marker_ids[EOS]] for ids in expected_ids(read_texts(parquet_dir), tokenizer_dir)]
+    expected = [[*ids, marker_ids[EOS]] for ids in expected_ids(read_texts(parquet_dir), tokenizer_dir)]
     assert documents_of(tmp_path / "out") == expected
     assert summary.engine == "gigatoken"
     assert summary.units > 5
@@ -111,7 +112,7 @@ def test_chunks_hold_whole_blocks_and_the_same_tokens_where_a_block_size_is_give
         assert all(chunk.tokens % 65 == 0 for chunk in record.chunks[:-1])
         assert all(chunk.tokens <= 1024 for chunk in record.chunks)
         assert sum(chunk.documents for chunk in record.chunks) == record.splits["train"].documents
-    plain, blocks = (sum(documents_of(tmp_path / name), []) for name in ("plain", "blocks"))
+    plain, blocks = (list(itertools.chain(*documents_of(tmp_path / name))) for name in ("plain", "blocks"))
     assert plain == blocks
 
 
@@ -177,7 +178,7 @@ def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(parquet_dir, toke
     run(parquet_dir, tokenizer_dir, tmp_path / "whole", val_fraction=0.1)
     run(parquet_dir, tokenizer_dir, tmp_path / "out", val_fraction=0.1)
     (train,), (val,) = (tmp_path / "out/train").iterdir(), (tmp_path / "out/val").iterdir()
-    # As after kills at various moments: no record, a torn record, no validation record, a chunk cut short, a stage left.
+    # As after kills at various moments: no record, a torn one, no validation record, a chunk cut short.
     (train / "units/00000000.json").unlink()
     (train / "units/00000001.json").write_text("{")
     (val / "units/00000002.json").unlink()

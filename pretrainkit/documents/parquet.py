@@ -30,7 +30,8 @@ def inspect(file: ListedFile, text_column: str) -> ShardInfo:
             problem = _column_problem(parquet, text_column)
             if problem is not None:
                 return ShardInfo(kind="file", fingerprint=fingerprint, problem=problem)
-            return ShardInfo(kind="row_group", fingerprint=fingerprint, pieces=tuple(_pieces(parquet, text_column)))
+            pieces = tuple(piece for piece in _pieces(parquet, text_column) if piece.rows)
+            return ShardInfo(kind="row_group", fingerprint=fingerprint, pieces=pieces)
     except (OSError, pa.ArrowException, PretrainKitError) as error:
         return ShardInfo(kind="file", fingerprint="", problem=_in_words(error))
 

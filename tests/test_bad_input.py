@@ -1,0 +1,268 @@
+"""Every bad input gives the right tokens or a counted, located failure; never a hang, a crash or silence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import struct
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pretrainkit.errors import InputError
+from pretrainkit.optimize import optimize_dataset
+from tests.conftest import make_texts, write_parquet
+from tests.test_optimize import documents_of, expected_ids
+
+
+def run(tmp_path, tokenizer_dir, **flags):
+    flags = {"num_workers": 0, "engine": "tokenizers", **flags}
+    return optimize_dataset(tokenizer_dir, tmp_path / "out", str(tmp_path / "in"), **flags)
+
+
+def failures_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+
+
+def write_column(path, column, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": column}), path, **options)
+    return path
+
+
+def as_strings(values):
+    """Raw bytes as an Arrow string column, valid or not."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_every_kind_of_text_column_gives_the_same_tokens(tmp_path, tokenizer_dir, kind):
+    texts = [*make_texts(50), "", "NUL \x00 inside", "x" * 100_000]
+    values = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts).cast(kind)
+    write_column(tmp_path / "in/a.parquet", values)
+    summary = run(tmp_path, tokenizer_dir)
+    assert [ids[:-1] for ids in documents_of(tmp_path / "out")] == expected_ids(filter(None, texts), tokenizer_dir)
+    assert (summary.documents_in, summary.dropped) == (53, {"empty": 1})
+
+
+def test_nulls_and_empty_texts_are_counted_and_no_failure(tmp_path, tokenizer_dir):
+    write_parquet(tmp_path / "in/a.parquet", ["a", None, "", "b", None])
+    summary = run(tmp_path, tokenizer_dir)
+    assert (summary.documents, summary.dropped) == ({"train": 2}, {"null": 2, "empty": 1})
+    assert not (tmp_path / "out/failures.jsonl").exists()
+
+
+def test_invalid_utf8_is_located_by_row_group_and_row(tmp_path, tokenizer_dir):
+    column = as_strings([b"fine", b"\xff\xfe", b"fine too", b"\xed\xa0\x80 lone surrogate", b"end"])
+    write_column(tmp_path / "in/a.parquet", column, row_group_size=2)
+    with pytest.raises(
+        InputError, match=r"2 piece\(s\) of input cannot be used.*a\.parquet, row group 0, row 1: not UTF"
+    ):
+        run(tmp_path, tokenizer_dir)
+    summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
+    assert (summary.documents, summary.dropped) == ({"train": 3}, {"bad_row": 2})
+    assert [(f["shard"], f["row_group"], f["row"], f["reason"]) for f in failures_of(tmp_path)] == [
+        ("a.parquet", 0, 1, "bad_row"),
+        ("a.parquet", 1, 1, "bad_row"),
+    ]
+
+
+def corrupt_page(path):
+    """Flip bytes of text in the middle of the file, where only the page's checksum can tell."""
+    texts = [f"needle {i} " * 30 for i in range(90)]
+    write_column(
+        path, pa.array(texts), row_group_size=30, compression="none", write_page_checksum=True, use_dictionary=False
+    )
+    data = bytearray(path.read_bytes())
+    place = data.index(b"needle 45 ")
+    data[place : place + 6] = b"NEEDLE"
+    path.write_bytes(data)
+
+
+def test_a_page_that_changed_is_found_by_its_checksum(tmp_path, tokenizer_dir):
+    (tmp_path / "in").mkdir()
+    corrupt_page(tmp_path / "in/a.parquet")
+    summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
+    assert (summary.documents, summary.dropped) == ({"train": 60}, {"bad_file": 30})
+    (failure,) = failures_of(tmp_path)
+    assert (failure["row_group"], failure["row"]) == (1, 0)
+    assert "30 rows from here" in failure["detail"]
+
+
+def truncated(path):
+    data = write_parquet(path, make_texts(20)).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def no_magic(path):
+    path.write_bytes(b"this is a text file\n" * 100)
+
+
+def footer_only_magic(path):
+    path.write_bytes(b"PAR1" + struct.pack("<I", 2**31 - 1) + b"PAR1")
+
+
+def encrypted(path):
+    path.write_bytes(b"PARE" + b"\x00" * 100 + struct.pack("<I", 50) + b"PARE")
+
+
+BAD_FILES = {
+    "truncated": truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "wrong magic": no_magic,
+    "absurd footer length": footer_only_magic,
+    "encrypted": encrypted,
+    "missing column": lambda path: pq.write_table(pa.table({"body": ["x"], "url": ["y"]}), path),
+    "duplicate column": lambda path: pq.write_table(pa.table([pa.array(["x"])] * 2, names=["text", "text"]), path),
+    "numbers": lambda path: write_column(path, pa.array([1, 2])),
+    "nested": lambda path: write_column(path, pa.array([["x"], ["y"]])),
+    "FIFO": os.mkfifo,
+    "dangling link": lambda path: path.symlink_to(path.parent / "nowhere"),
+}
+
+
+@pytest.mark.parametrize("make", BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_bad_file_is_refused_before_any_work_or_counted(tmp_path, tokenizer_dir, make):
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in/bad.parquet")
+    write_parquet(tmp_path / "in/good.parquet", make_texts(10))
+    with pytest.raises(InputError, match=r"1 input file\(s\) cannot be used: bad\.parquet: "):
+        run(tmp_path, tokenizer_dir)
+    assert not (tmp_path / "out").exists()
+    summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
+    assert (summary.documents, summary.dropped) == ({"train": 10}, {"bad_file": 1})
+    assert failures_of(tmp_path)[0]["shard"] == "bad.parquet"
+
+
+def test_a_missing_column_names_the_columns_there_are(tmp_path, tokenizer_dir):
+    (tmp_path / "in").mkdir()
+    BAD_FILES["missing column"](tmp_path / "in/a.parquet")
+    with pytest.raises(InputError, match=r"has no column 'text'; it has body, url \(--text_column\)"):
+        run(tmp_path, tokenizer_dir)
+    assert run(tmp_path, tokenizer_dir, text_column="body").documents == {"train": 1}
+
+
+def test_a_folder_named_like_a_shard_is_looked_into(tmp_path, tokenizer_dir):
+    write_parquet(tmp_path / "in/data.parquet/part-0.parquet", make_texts(5))
+    assert run(tmp_path, tokenizer_dir).documents == {"train": 5}
+
+
+def test_a_link_to_a_folder_is_followed_and_a_loop_ends(tmp_path, tokenizer_dir):
+    write_parquet(tmp_path / "elsewhere/a.parquet", make_texts(5))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    assert run(tmp_path, tokenizer_dir).documents == {"train": 5}
+
+
+def test_a_file_without_rows_is_fine_beside_others_and_refused_alone(tmp_path, tokenizer_dir):
+    write_parquet(tmp_path / "in/a.parquet", [])
+    with pytest.raises(InputError, match="hold no rows"):
+        run(tmp_path, tokenizer_dir)
+    write_parquet(tmp_path / "in/b.parquet", ["x"])
+    assert run(tmp_path, tokenizer_dir).documents == {"train": 1}
+
+
+def test_a_large_document_passes_whole(tmp_path, tokenizer_dir):
+    texts = ["small", "word and word " * 100_000, "small too"]
+    write_parquet(tmp_path / "in/a.parquet", texts)
+    run(tmp_path, tokenizer_dir, engine="gigatoken", chunk_bytes=1 << 17)
+    documents = documents_of(tmp_path / "out")
+    assert [ids[:-1] for ids in documents[::2]] == expected_ids(texts[::2], tokenizer_dir)
+    from tokenizers import Tokenizer
+
+    text = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).decode(documents[1][:-1])
+    assert text == texts[1]
+
+
+def jsonl_lines(texts):
+    return "".join(json.dumps({"id": i, "text": text, "more": {"a": [1]}}) + "\n" for i, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_json_lines_give_the_tokens_of_the_same_texts(tmp_path, tokenizer_dir, suffix):
+    texts = make_texts(300)
+    (tmp_path / "in").mkdir()
+    data = jsonl_lines(texts).encode().removesuffix(b"\n")
+    compress = {
+        ".jsonl": bytes,
+        ".jsonl.gz": gzip.compress,
+        ".jsonl.zst": lambda d: pa.compress(d, "zstd", asbytes=True),
+    }
+    (tmp_path / f"in/a{suffix}").write_bytes(compress[suffix](data))
+    summary = run(tmp_path, tokenizer_dir)
+    assert [ids[:-1] for ids in documents_of(tmp_path / "out")] == expected_ids(texts, tokenizer_dir)
+    assert summary.documents_in == 300
+
+
+def test_bad_lines_are_located_and_the_others_kept(tmp_path, tokenizer_dir):
+    (tmp_path / "in").mkdir()
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": 5}',
+        b'{"text": "cut',
+        b"",
+        b'{"text": null}',
+        b"[1, 2]",
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xff"}',
+        b'{"other": 1}',
+        b'{"text": "last"}',
+    ]
+    (tmp_path / "in/a.jsonl").write_bytes(b"\n".join(lines))
+    summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
+    assert summary.documents == {"train": 2}
+    assert summary.dropped == {"null": 2, "bad_row": 4, "not_text": 1}
+    assert summary.documents_in == 9
+    places = {failure["detail"].split("line at byte ")[1].rstrip(")") for failure in failures_of(tmp_path)}
+    assert places == {str(sum(len(line) + 1 for line in lines[:i])) for i in (1, 2, 5, 6, 7)}
+
+
+def test_a_compressed_file_cut_short_is_located(tmp_path, tokenizer_dir):
+    (tmp_path / "in").mkdir()
+    data = gzip.compress(jsonl_lines(make_texts(2000)).encode())
+    (tmp_path / "in/a.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz"):
+        run(tmp_path, tokenizer_dir)
+
+
+def test_byte_ranges_of_a_json_lines_file_lose_and_double_no_line(tmp_path, monkeypatch):
+    from pretrainkit.documents import jsonl, read_range
+    from pretrainkit.records import SourceRange
+
+    monkeypatch.setattr(jsonl, "BATCH_BYTES", 64)
+    monkeypatch.setattr(jsonl, "_READ_BYTES", 32)
+    texts = [str(i) * (1 + i * 7 % 40) for i in range(60)]
+    path = tmp_path / "a.jsonl"
+    path.write_text(jsonl_lines(texts))
+    size = path.stat().st_size
+    for step in (1, 13, 64, 100, 999, size):
+        read = []
+        for start in range(0, size, step):
+            source = SourceRange(shard="a.jsonl", kind="byte", start=start, stop=min(start + step, size))
+            for batch in read_range(str(path), source, "text"):
+                read += batch.texts.to_pylist()
+        assert read == texts, step
+
+
+def test_row_numbers_and_types_survive_slices_and_nulls(tmp_path, tokenizer_dir):
+    texts = [None if i % 7 == 0 else f"document {i}" for i in range(500)]
+    write_parquet(tmp_path / "in/a.parquet", texts, row_group_size=333)
+    summary = run(tmp_path, tokenizer_dir, val_fraction=0.3)
+    assert summary.dropped == {"null": 72}
+    lengths = np.array([len(ids) for ids in documents_of(tmp_path / "out")])
+    assert summary.tokens["train"] == lengths.sum()
