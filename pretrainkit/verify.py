@@ -133,8 +133,7 @@ def check_numbers(record: ChunkRecord, source: str) -> None:
         value: Any = getattr(record, name)
         if type(value) is not int or value < lowest:
             raise DatasetError(f"{source}: {record.filename} has {name} {value!r}; it is damaged, make it again")
-    # Every item begins a document but the first, which may be the rest of one that began in the chunk before.
-    if record.items - record.documents not in (0, 1):
+    if record.documents > record.items:
         raise DatasetError(
             f"{source}: {record.filename} has {record.items} items for {record.documents} documents; it is damaged"
         )

@@ -211,6 +211,7 @@ def test_with_a_block_size_only_less_than_one_block_is_left_out_and_counted(tmp_
     counted = [t for t in merged if t != EOS]
     assert len(counted) == len(set(counted)), "no token twice"
     assert set(merged) <= set(stream_of(units))
+    assert merge_datasets(tmp_path / "s", tmp_path / "t") == info, "and is found complete when run again"
 
 
 def test_documents_wholly_in_the_tail_are_counted_as_dropped(tmp_path):

@@ -178,6 +178,9 @@ def _check_record(folder: Path, info: DatasetInfo, record: UnitRecord) -> None:
         raise DatasetError(f"{where} belongs to another split than {info.split}; put it back where it was")
     for chunk in record.chunks:
         check_numbers(chunk, where)
+        # Every item begins a document but the first, which may be the rest of one that began in the chunk before.
+        if chunk.items - chunk.documents not in (0, 1):
+            raise DatasetError(f"{where}: {chunk.filename} has {chunk.items} items for {chunk.documents} documents")
     counts = record.splits.get(info.split)
     documents, tokens = (sum(getattr(c, name) for c in record.chunks) for name in ("documents", "tokens"))
     if counts is None or (counts.documents, counts.tokens) != (documents, tokens) or record.unaccounted():
