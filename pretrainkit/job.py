@@ -1,7 +1,8 @@
 """One run of a job whose inputs and output are settled: work, fall back, finish, account.
 
-Comes in: a plan, and an executor to do its units. Goes out: complete node folders and a summary. Guarantees: when it ends
-well, every unit of this process's share is done by an engine that is still trusted, and documents in = out + dropped.
+Comes in: a plan, and an executor to do its units. Goes out: complete node folders and a summary. Guarantees: when it
+ends well, every unit of this process's share is done by an engine that is still trusted, and documents in = out +
+dropped.
 """
 
 from __future__ import annotations
@@ -230,6 +231,12 @@ def _log_summary(summary: OptimizeSummary) -> None:
 
 
 def plan_on_disk(output_dir: str) -> Plan | None:
+    """The plan in an output folder, or None where there is none.
+
+    Raises:
+        DatasetError: It is damaged.
+        StorageError: The path is no folder.
+    """
     path = join(output_dir, PLAN_FILENAME)
     try:
         return Plan.from_json(read_bytes(path).decode(), path)
@@ -240,6 +247,11 @@ def plan_on_disk(output_dir: str) -> Plan | None:
 
 
 def refuse_other_plan(old: Plan, new: Plan, output_dir: str) -> None:
+    """Let a job go on only with the inputs and settings it was begun with.
+
+    Raises:
+        StorageError: Something differs; the message says what.
+    """
     changes = differences(old, new)
     if changes:
         shown = "; ".join(changes[:6]) + ("; ..." if len(changes) > 6 else "")

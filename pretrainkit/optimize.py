@@ -19,6 +19,7 @@ from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import ConfigError, StorageError
 from pretrainkit.executors import EXECUTORS, Executor
 from pretrainkit.inputs import Inputs, find_inputs
+from pretrainkit.job import Optimization, OptimizeSummary, plan_on_disk, refuse_other_plan
 from pretrainkit.metadata import Boundary
 from pretrainkit.plan import Plan, PlanSettings, make_plan
 from pretrainkit.sampling import sample_texts
