@@ -41,6 +41,7 @@ SCRIPTS = {
     "export_hf": "scripts/export_hf.py",
     "write_report": "-m pretrainkit report",
 }
+PLACES = ("dataset_dir", "checkpoint_dir", "run_dirs")  # given by place
 stage_seconds: dict[str, float] = {}
 
 
@@ -63,8 +64,9 @@ def call(name: str, **arguments: Any) -> Any:
     """Call a public function in this process, after printing the command that does the same."""
     import pretrainkit
 
-    flags = " ".join(f"--{key}={shlex.quote(str(value))}" for key, value in arguments.items())
-    say(f"$ python {SCRIPTS[name]} {flags}")
+    flags = [f"--{key}={value}" for key, value in arguments.items() if key not in PLACES]
+    places = [str(arguments[key]) for key in PLACES if key in arguments]
+    say(f"$ python {SCRIPTS[name]} {shlex.join(places + flags)}")
     return getattr(pretrainkit, name)(**arguments)
 
 
@@ -124,7 +126,7 @@ def train_tokenizer() -> None:
 
 def pretrain(stop_at_step: int | None) -> None:
     """Run the training command; with `stop_at_step`, send it Ctrl+C's signal once that step is logged."""
-    flags = ["--config=config_hub/debug-cpu.yaml", f"--dataset_path={DATA}", f"--out_dir={RUN}", "--resume=auto"]
+    flags = ["--config=config_hub/quickstart.yaml", f"--dataset_path={DATA}", f"--out_dir={RUN}", "--resume=auto"]
     say(f"$ python distributed_pretrain.py {' '.join(flags)}")
     process = subprocess.Popen([sys.executable, "distributed_pretrain.py", *flags])
     while process.poll() is None:
