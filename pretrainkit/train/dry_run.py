@@ -84,7 +84,7 @@ def report(config: PretrainConfig) -> None:
     memory = plan_memory(config, facts, world_size, device.kind)
     for line in _lines(config, facts, device, memory):
         logger.info("%s", line)
-    check_fit(config, memory, device, world_size)
+    check_fit(config, memory, device)
 
 
 def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Literal["cuda", "cpu"]) -> Memory:
@@ -116,7 +116,7 @@ def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Lit
     )
 
 
-def check_fit(config: PretrainConfig, memory: Memory, device: Device, world_size: int) -> None:
+def check_fit(config: PretrainConfig, memory: Memory, device: Device) -> None:
     """Refuse a run that needs more memory than a device has.
 
     Raises:
@@ -127,16 +127,14 @@ def check_fit(config: PretrainConfig, memory: Memory, device: Device, world_size
         return
     state = memory.weights + memory.gradients + memory.optimizer
     replicas = config.compute.replicas or _num_nodes(config)
-    if memory.activations > usable / 2 and config.compute.activation_checkpointing != "block":
+    if memory.activations > state and config.compute.activation_checkpointing != "block":
         way = "use compute.activation_checkpointing=block or a smaller train.micro_batch_size"
-    elif memory.activations > usable / 2:
+    elif memory.activations > state:
         way = "use a smaller train.micro_batch_size"
-    elif state > usable / 2 and replicas > 1:
+    elif replicas > 1:
         way = "use compute.replicas=1, which shards over all ranks"
-    elif world_size == 1 or state > usable / 2:
-        way = "use more devices or nodes, or precision=bf16-true"
     else:
-        way = "use compute.activation_checkpointing=block"
+        way = "use more devices or nodes, or precision=bf16-true"
     raise ConfigError(
         f"a rank needs about {_gb(memory.total)}, and {device.name} has {_gb(device.memory_bytes)}; {way}"
     )

@@ -1,0 +1,433 @@
+"""A whole run on one CPU process: what it writes, that it learns, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pretrainkit.config import DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
+from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from pretrainkit.train import checkpoint, loop, pretrain
+from pretrainkit.train.manifest import MANIFEST_FILENAME
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two busy threads on two busy cores wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while that step is computed."""
+    whole = loop._step
+
+    def interrupted(run, *rest):
+        whole(run, *rest)
+        if run.state.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    file = folder.with_name(f"{folder.name}.pt")
+    dcp_to_torch_save(folder / "lit_model.pth", file)
+    loaded = torch.load(file, weights_only=True)
+    return {
+        f"{part}.{name}": tensor for part in ("model", "optimizer") for name, tensor in flatten(loaded[part]).items()
+    }
+
+
+def flatten(tree: dict) -> dict[str, torch.Tensor]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= (
+            {f"{name}.{key}": inner for key, inner in flatten(value).items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_run_learns_and_leaves_what_the_design_says(settings, rows):
+    arguments = settings(eval={"interval": 5, "initial_validation": True, "final_validation": True})
+    pretrain(**arguments)
+    run = arguments["out_dir"]
+
+    train = rows(run)
+    assert [row["step"] for row in train] == list(range(1, 13))
+    assert [row["tokens"] for row in train] == [512 * step for step in range(1, 13)]
+    assert train[0]["loss"] == pytest.approx(4.2, abs=0.3)  # ln 64
+    assert train[-1]["loss"] < 3.4
+    assert {"learning_rate", "grad_norm", "tokens_per_s", "memory_gb", "data_wait", "remaining_s", "goodput", "digest",
+            "tokens_per_s_per_device"} <= train[0].keys()  # fmt: skip
+    validation = rows(run, "validation")
+    assert [row["step"] for row in validation] == [0, 5, 10, 12]
+    assert validation[-1]["val_loss"] < validation[0]["val_loss"]
+    # 3 bytes per token
+    assert validation[0]["val_bits_per_byte"] == pytest.approx(validation[0]["val_loss"] / 0.6931472 / 3, rel=1e-5)
+
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml", "final", "metrics.jsonl", "step-00000004", "step-00000008", "step-00000012",
+    ]  # fmt: skip
+    files = {path.relative_to(run / "final").as_posix() for path in (run / "final").rglob("*") if path.is_file()}
+    assert files == {
+        "lit_model.pth/.metadata", "lit_model.pth/__0_0.distcp", "lit_model.pth/meta.pt", "manifest.json",
+        "model_config.yaml", "state.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 12
+    assert yaml.safe_load((run / "final" / "model_config.yaml").read_text())["n_embd"] == 32
+
+
+def test_the_result_loads_strictly_into_litgpt_and_lightnings_tool_reads_it(settings):
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+    from litgpt import GPT, Config
+
+    arguments = settings(train={"max_steps": 2})
+    pretrain(**arguments)
+    final = arguments["out_dir"] / "final"
+    loaded = _load_distributed_checkpoint(final / "lit_model.pth")
+    GPT(Config.from_file(final / "model_config.yaml")).load_state_dict(loaded["model"], strict=True)
+
+
+def test_training_equals_a_plain_litgpt_loop(settings, rows, dataset):
+    """The same model, data and optimizer written out by hand: accumulation, clipping, schedule."""
+    from litgpt import GPT, Config
+
+    from pretrainkit.config import LossConfig
+    from pretrainkit.models import build_model, initialize_parameters, resolve_config
+    from pretrainkit.stream import BlockLoader, open_sources
+
+    arguments = settings(train={"max_steps": 4, "max_norm": 0.5})
+    pretrain(**arguments)
+
+    config = resolve_config(None, arguments["model_config"])
+    seeded = build_model(config, loss=LossConfig())
+    initialize_parameters(seeded, 42)
+    model = GPT(Config(**arguments["model_config"]))
+    model.load_state_dict(seeded.state_dict())
+    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "wte" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or "wte" in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    loader = BlockLoader(open_sources({str(dataset): 1.0}, "train", 32), micro_batch_size=16, global_batch_size=16)
+    for row, rate in zip(rows(arguments["out_dir"]), (0.005, 0.01, 0.00505, 0.0001), strict=True):
+        tokens = next(loader)["tokens"]
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["learning_rate"] == pytest.approx(rate)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_exits_with_a_code_to_requeue_on(settings, monkeypatch, number, code):
+    stop_at(monkeypatch, step=3, number=number)
+    arguments = settings()
+    with pytest.raises(Interrupted, match="after step 3; saved, go on with --resume=auto") as caught:
+        pretrain(**arguments)
+    assert caught.value.exit_code == code
+    assert (arguments["out_dir"] / "step-00000003" / MANIFEST_FILENAME).is_file()
+    assert not (arguments["out_dir"] / "final").exists()
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_stopping_and_going_on_gives_the_same_bits(settings, rows, monkeypatch, tmp_path, document_mask):
+    data = DataConfig(document_mask=document_mask, num_workers=0 if document_mask else 1)
+    whole = settings(data=data, out_dir=tmp_path / "whole")
+    pretrain(**whole)
+
+    parts = settings(data=data, out_dir=tmp_path / "parts", resume="auto")
+    with monkeypatch.context() as patched:
+        stop_at(patched, step=6)
+        with pytest.raises(Interrupted):
+            pretrain(**parts)
+    pretrain(**parts)
+
+    keys = ("step", "loss", "grad_norm", "learning_rate", "digest", "tokens")
+    first, second = ([{key: row[key] for key in keys} for row in rows(tmp_path / name)] for name in ("whole", "parts"))
+    assert first == second
+    assert_equal_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_says_so(settings, rows, monkeypatch, tmp_path, caplog):
+    whole = settings(out_dir=tmp_path / "whole")
+    pretrain(**whole)
+
+    parts = settings(out_dir=tmp_path / "parts", resume="auto")
+    with monkeypatch.context() as patched:
+        stop_at(patched, step=10)
+        with pytest.raises(Interrupted):
+            pretrain(**parts)
+    shard = tmp_path / "parts" / "step-00000010" / "lit_model.pth" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        pretrain(**parts)
+    assert "passed over a damaged checkpoint" in caplog.text
+    assert "step-00000010: lit_model.pth/__0_0.distcp is not what was saved" in caplog.text
+    assert "step-00000008, after step 8" in caplog.text
+    assert rows(tmp_path / "parts")[-1]["loss"] == rows(tmp_path / "whole")[-1]["loss"]
+    assert_equal_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+
+
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(settings, rows, caplog):
+    arguments = settings(train={"max_steps": 4}, schedule=ScheduleConfig(name="constant"), resume="auto")
+    pretrain(**arguments)
+    before = (arguments["out_dir"] / "metrics.jsonl").read_text()
+    with caplog.at_level(logging.INFO):
+        pretrain(**arguments)
+    assert "this run is finished" in caplog.text
+    assert (arguments["out_dir"] / "metrics.jsonl").read_text() == before
+
+    longer = settings(train={"max_steps": 6}, schedule=ScheduleConfig(name="constant"), resume="auto")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        pretrain(**longer)
+    assert "changed since that checkpoint: train.max_steps: 4 -> 6" in caplog.text
+    assert [row["step"] for row in rows(arguments["out_dir"])] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((arguments["out_dir"] / "final" / "state.json").read_text())["state"]["step"] == 6
+    assert (arguments["out_dir"] / "final-00000004" / MANIFEST_FILENAME).is_file()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(settings):
+    arguments = settings(train={"max_steps": 1})
+    pretrain(**arguments)
+    with pytest.raises(CheckpointError, match="already holds a run .*; add --resume=auto"):
+        pretrain(**arguments)
+
+
+def test_resuming_nothing_and_resuming_another_model_are_refused(settings):
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint to resume"):
+        pretrain(**settings(resume=True))
+    pretrain(**settings(train={"max_steps": 1}))
+    other = settings(resume="auto")
+    other["model_config"] |= {"n_layer": 3}
+    with pytest.raises(CheckpointError, match="is of another model .*n_layer: 2 -> 3"):
+        pretrain(**other)
+
+
+def test_only_the_last_checkpoints_and_every_nth_are_kept(settings):
+    from pretrainkit.config import CheckpointConfig
+
+    kept = CheckpointConfig(keep_last=2, keep_every=4)
+    arguments = settings(train={"save_interval": 1, "max_steps": 11}, checkpoint=kept)
+    pretrain(**arguments)
+    names = sorted(path.name for path in arguments["out_dir"].glob("step-*"))
+    assert names == ["step-00000004", "step-00000008", "step-00000010", "step-00000011"]
+
+
+def test_max_time_leaves_room_for_the_save_and_the_run_can_go_on(settings, rows):
+    arguments = settings(train={"max_steps": 100_000, "max_time": 3.0, "log_interval": 50, "save_interval": None})
+    pretrain(**arguments)
+    (end,) = rows(arguments["out_dir"], "end")
+    assert 0 < end["step"] < 100_000
+    assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+    """Make the gradients of these data steps infinite."""
+    whole = loop.gradient_norm
+
+    def poisoned(optimizers):
+        norm = whole(optimizers)
+        return norm * torch.inf if poisoned.run.state.data_step in steps else norm
+
+    step = loop._step
+
+    def remember(run, *rest):
+        poisoned.run = run
+        step(run, *rest)
+
+    monkeypatch.setattr(loop, "gradient_norm", poisoned)
+    monkeypatch.setattr(loop, "_step", remember)
+
+
+def test_a_bad_step_is_skipped_and_training_goes_on(settings, rows, monkeypatch, caplog):
+    poison(monkeypatch, range(5, 6))
+    arguments = settings()
+    pretrain(**arguments)
+    train = rows(arguments["out_dir"])
+    assert [row["step"] for row in train if row["skipped"]] == [6]
+    assert "step 6: 1 step(s) skipped" in caplog.text
+    assert train[-1]["loss"] < 3.5
+
+
+def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data(settings, rows, monkeypatch):
+    poison(monkeypatch, range(5, 8))
+    arguments = settings(guard=GuardConfig(max_skips=3))
+    pretrain(**arguments)
+    (rewind,) = rows(arguments["out_dir"], "rewind")
+    assert (rewind["path"], rewind["step"], rewind["data_step"]) == ("step-00000004", 4, 8)
+    steps = [row["step"] for row in rows(arguments["out_dir"])]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10, 11, 12]
+    state = json.loads((arguments["out_dir"] / "final" / "state.json").read_text())["state"]
+    assert (state["step"], state["data_step"], state["rewinds"]) == (12, 16, 1)
+
+
+def test_nothing_but_bad_steps_ends_the_run_with_one_line(settings, monkeypatch):
+    poison(monkeypatch, range(1000))
+    with pytest.raises(
+        TrainingError, match="3 of the last 100 steps were skipped at step 3, and there is no checkpoint"
+    ):
+        pretrain(**settings(guard=GuardConfig(max_skips=3)))
+
+
+def test_muon_trains_and_resumes(settings, rows, monkeypatch, tmp_path):
+    muon = OptimizerConfig(class_path="Muon", init_args=OptimizerArgs(lr=1e-2))
+    pretrain(**settings(optimizer=muon, out_dir=tmp_path / "whole"))
+    parts = settings(optimizer=muon, out_dir=tmp_path / "parts", resume="auto")
+    with monkeypatch.context() as patched:
+        stop_at(patched, step=6)
+        with pytest.raises(Interrupted):
+            pretrain(**parts)
+    pretrain(**parts)
+    assert rows(tmp_path / "whole")[-1]["loss"] == rows(tmp_path / "parts")[-1]["loss"] < 3.8
+
+
+def test_wsd_decays_from_a_stable_checkpoint_over_unseen_data(settings, rows, tmp_path):
+    stable = settings(schedule=ScheduleConfig(name="constant"), train={"max_steps": 4}, out_dir=tmp_path / "stable")
+    pretrain(**stable)
+    decay = ScheduleConfig(name="wsd", decay_from=tmp_path / "stable" / "final")
+    pretrain(**settings(schedule=decay, train={"max_steps": 4}, out_dir=tmp_path / "decay"))
+    assert [row["learning_rate"] for row in rows(tmp_path / "decay")] == pytest.approx(
+        [0.007525, 0.00505, 0.002575, 1e-4]
+    )
+    state = json.loads((tmp_path / "decay" / "final" / "state.json").read_text())["state"]
+    assert (state["step"], state["data_step"], state["samples"]) == (4, 8, 128)
+
+
+def test_initial_weights_come_from_a_checkpoint_or_a_litgpt_file(settings, rows, tmp_path):
+    pretrain(**settings(out_dir=tmp_path / "first"))
+    last = rows(tmp_path / "first")[-1]["loss"]
+    final = tmp_path / "first" / "final"
+    folder = tmp_path / "litgpt"
+    folder.mkdir()
+    model = {name.removeprefix("model."): value for name, value in weights(final).items() if name.startswith("model.")}
+    torch.save(model, folder / "lit_model.pth")
+    for index, source in enumerate((final, folder)):
+        arguments = settings(initial_checkpoint_dir=source, train={"max_steps": 1}, out_dir=tmp_path / str(index))
+        pretrain(**arguments)
+        assert rows(arguments["out_dir"])[0]["loss"] == pytest.approx(last, abs=0.3)
+    torch.save({"x": torch.zeros(1)}, folder / "lit_model.pth")
+    with pytest.raises(CheckpointError, match="is of another model: lm_head.weight is not in it"):
+        pretrain(**settings(initial_checkpoint_dir=folder, out_dir=tmp_path / "refused"))
+
+
+@pytest.mark.parametrize("what", ["attention", "mlp", "block"])
+def test_checkpointing_activations_changes_no_bit(settings, rows, tmp_path, what):
+    from pretrainkit.config import ComputeConfig
+
+    compute = ComputeConfig(hang_timeout_s=None, activation_checkpointing=what)
+    pretrain(**settings(train={"max_steps": 2}, out_dir=tmp_path / "plain"))
+    pretrain(**settings(train={"max_steps": 2}, out_dir=tmp_path / what, compute=compute))
+    assert [r["grad_norm"] for r in rows(tmp_path / "plain")] == [r["grad_norm"] for r in rows(tmp_path / what)]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_trains(settings, rows, precision):
+    arguments = settings(precision=precision, train={"tie_embeddings": True, "max_steps": 8})
+    pretrain(**arguments)
+    assert rows(arguments["out_dir"])[-1]["loss"] < 4.0
+    stored = weights(arguments["out_dir"] / "final")["model.transformer.h.0.attn.qkv.weight"].dtype
+    assert stored == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+
+
+def test_samples_and_csv(settings, rows, caplog):
+    arguments = settings(
+        eval={"final_validation": True, "prompts": ["The quick"], "max_new_tokens": 4}, logger_name="csv"
+    )
+    arguments["model_config"] |= {"vocab_size": 512}
+    pretrain(**arguments)
+    (row,) = rows(arguments["out_dir"], "validation")
+    assert row["samples"]["The quick"].startswith("The quick")
+    lines = (arguments["out_dir"] / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "step,name,value"
+    assert any(line.startswith("12,loss,") for line in lines)
+
+
+def test_a_mixture_counts_the_tokens_of_each_source(settings, rows, dataset):
+    twin = dataset.parent / "twin"
+    if not twin.exists():
+        twin.symlink_to(dataset)
+    arguments = settings(
+        dataset_path=None, data=DataConfig(sources={str(dataset): 3, str(twin): 1}), train={"max_steps": 2}
+    )
+    pretrain(**arguments)
+    assert rows(arguments["out_dir"])[-1]["tokens_per_source"] == {f"{dataset}/train": 768, f"{twin}/train": 256}
+
+
+def test_a_dataset_that_does_not_fit_is_refused(settings):
+    from pretrainkit.errors import DatasetError, ModelError
+
+    small = settings()
+    small["model_config"] |= {"vocab_size": 32, "padding_multiple": 32}
+    with pytest.raises(ModelError, match="ids reach 63, but tiny has embeddings for 32"):
+        pretrain(**small)
+    with pytest.raises(DatasetError, match="holds no dataset"):
+        pretrain(**settings(dataset_path="nowhere"))
+    with pytest.raises(DatasetError, match="fewer than micro_batch_size"):
+        pretrain(**settings(train={"micro_batch_size": 128, "global_batch_size": 128}))
+
+
+def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch, caplog):
+    whole = checkpoint.write_manifest
+
+    def full(folder, step, files):
+        if step == 4:
+            raise OSError(28, "No space left on device", str(folder))
+        whole(folder, step, files)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    arguments = settings()
+    pretrain(**arguments)
+    assert "a checkpoint could not be saved: cannot write" in caplog.text
+    assert "the disk is full" in caplog.text
+    assert not (arguments["out_dir"] / "step-00000004").exists()
+    assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
+
+
+def test_dry_run_says_what_it_would_cost_and_writes_nothing(settings, caplog):
+    arguments = settings(dry_run=True)
+    with caplog.at_level(logging.INFO):
+        pretrain(**arguments)
+    assert "tiny: 24,736 parameters" in caplog.text
+    assert "12 steps = 6,144 tokens" in caplog.text
+    assert not arguments["out_dir"].exists()
+
+
+def test_dry_run_refuses_what_cannot_fit_and_names_the_flag(settings):
+    arguments = settings(
+        dry_run=True, devices=8, num_nodes=4, train={"global_batch_size": 1024, "micro_batch_size": 32}
+    )
+    arguments["model_config"] |= {"n_layer": 96, "n_embd": 12288, "n_head": 96, "intermediate_size": 49152}
+    with pytest.raises(ConfigError, match=r"a rank needs about [\d.]+ GB, .* has 80.00 GB; use compute.replicas=1"):
+        pretrain(**arguments)
