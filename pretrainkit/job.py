@@ -96,9 +96,10 @@ class Optimization:
         on_disk = plan_on_disk(self._output_dir)
         if on_disk is not None:
             refuse_other_plan(on_disk, plan, self._output_dir)
-            return on_disk
-        write_atomic(join(self._output_dir, PLAN_FILENAME), plan.to_json())
-        if not is_remote(self._output_dir):
+            plan = on_disk
+        else:
+            write_atomic(join(self._output_dir, PLAN_FILENAME), plan.to_json())
+        if not is_remote(self._output_dir):  # on every run: the last one may have died while copying
             copy_tokenizer(self._tokenizer_dir, Path(self._output_dir) / "tokenizer")
         return plan
 

@@ -163,7 +163,8 @@ def _refuse_other_data(output_dir: str) -> None:
         return
     if not Path(output_dir).is_dir():
         raise StorageError(f"output_dir={output_dir} is a file; give a folder")
-    names = sorted(entry.name for entry in os.scandir(output_dir) if entry.name != ".lock")
+    # Hidden names are ours: the lock, and what a driver that was killed while it wrote its plan left behind.
+    names = sorted(entry.name for entry in os.scandir(output_dir) if not entry.name.startswith("."))
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise StorageError(f"output_dir={output_dir} already holds other data ({shown}); give an empty or new folder")

@@ -293,13 +293,18 @@ class UnitRunner:
                 failures=tuple(progress.failures),
             )
             assert record.unaccounted() == 0, f"unit {unit.index}: {record.unaccounted()} documents unaccounted for"
+            # The record is staged too: whoever is killed leaves nothing behind but the stage, which is swept.
+            staged, target = stage / split / "record.json", join(folder, record_name(unit.index))
+            write_atomic(staged, record.to_json())
             if not is_remote(folder):
-                Path(folder).mkdir(parents=True, exist_ok=True)
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
             for chunk in writer.chunks:
                 publish(stage / split / chunk.filename, join(folder, chunk.filename))
             if writer.chunks and not is_remote(folder):
                 fsync_folder(folder)
-            write_atomic(join(folder, record_name(unit.index)), record.to_json())
+            publish(staged, target)
+            if not is_remote(folder):
+                fsync_folder(Path(target).parent)
 
 
 def in_validation(offsets: TokenArray, characters: TokenArray, fraction: float) -> TokenArray:
