@@ -226,6 +226,24 @@ def test_exported_tokenizer_gives_the_ids_of_training(
         assert generation == {"bos_token_id": 510, "eos_token_id": 511}
 
 
+def test_a_sentencepiece_model_that_transformers_reads_differently_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from litgpt.tokenizer import Tokenizer
+    from sentencepiece import SentencePieceTrainer
+
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog.\n" * 50)
+    (tmp_path / "spm").mkdir()
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spm" / "tokenizer"), vocab_size=300, minloglevel=2,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+    )  # fmt: skip
+    save_litgpt_folder(tmp_path / "lit", make_config("Llama-3.2-1B", {**GROUPED, "padded_vocab_size": 512}))
+    export_hf(tmp_path / "lit", tmp_path / "hf", tokenizer_dir=tmp_path / "spm")
+    assert Tokenizer(tmp_path / "hf").eos_id == 2
+    assert "other ids than sentencepiece for 'two  spaces'" in caplog.text
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
     save_litgpt_folder(tmp_path / "lit", make_config("Llama-3.2-1B", GROUPED))
     with pytest.raises(ModelError, match="ids up to 511, but the model has padded_vocab_size=64"):

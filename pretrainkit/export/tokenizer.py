@@ -163,7 +163,32 @@ def generation_config(ids: SpecialIds) -> dict[str, Any]:
 
 
 def tell_transformers(folder: Path, block_size: int) -> None:
-    """Make transformers take tokenizer.json as it lies, and know the model's context length."""
+    """Make transformers take tokenizer.json as it lies, and know the model's context length.
+
+    A tokenizer.model alone goes through transformers' own reading of SentencePiece, which is not exact for every model:
+    where it gives other ids, that is said.
+    """
     path = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file():
         write_json(path, {**_read_json(path), "tokenizer_class": GENERIC_CLASS, "model_max_length": block_size})
+    elif (folder / "tokenizer.model").is_file():
+        write_json(path, {**_read_json(path), "model_max_length": block_size})
+        if different := _texts_read_differently(folder):
+            _log.warning(
+                "transformers reads tokenizer.model its own way: other ids than sentencepiece for %s; "
+                "put an exact tokenizer.json beside it, or encode with sentencepiece",
+                ", ".join(map(repr, different)),
+            )
+
+
+_PROBES = ("The quick brown fox.", "two  spaces", " leading", "trailing ", "line\nline", "ﬁ ½ Å", "数字 1234 é 👩‍👧")
+
+
+def _texts_read_differently(folder: Path) -> list[str]:
+    """Texts for which transformers and sentencepiece give different ids."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AutoTokenizer
+
+    reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    exported = AutoTokenizer.from_pretrained(folder)
+    return [text for text in _PROBES if exported(text, add_special_tokens=False)["input_ids"] != reference.encode(text)]
