@@ -1,0 +1,128 @@
+"""Ray Train: from the head node of a cluster, one process per device of each node.
+
+Guarantees: Ray restarts a run that a dead process or node ended, and it goes on from its newest whole checkpoint; the
+processes find torchrun's variables; no secret of this environment is put into Ray's runtime environment, which Ray
+writes into logs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pretrainkit
+from pretrainkit.config import PretrainConfig
+from pretrainkit.errors import ConfigError, LaunchError
+from pretrainkit.launchers import run_entry
+from pretrainkit.storage import is_remote
+
+MAX_FAILURES = 10  # restarts of a run by Ray
+
+
+def launch(entry: str, config: PretrainConfig) -> None:
+    """Run on `num_nodes` x `devices` workers of the cluster this machine belongs to.
+
+    Raises:
+        ConfigError: Ray is not installed, or the run's folder holds a run that nobody asked to go on with.
+        LaunchError: The cluster has too few nodes or devices, or the run failed too often.
+    """
+    try:
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise ConfigError(f"launcher=ray needs {error.name}; pip install 'pretrainkit[ray]'") from error
+    _check_folder(config)
+    # A restart must go on, not begin: that is what auto means, and it begins where there is nothing.
+    config = dataclasses.replace(with_absolute_paths(config), resume="auto")
+    if not ray.is_initialized():
+        package = Path(pretrainkit.__file__).parent
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), runtime_env={"py_modules": [str(package)]})
+    per_node, use_gpu = _workers_per_node(config, ray.nodes())
+    scaling = ScalingConfig(
+        num_workers=config.num_nodes * per_node,
+        use_gpu=use_gpu,
+        placement_strategy="SPREAD" if per_node == 1 else "PACK",
+    )
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as notes:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"entry": entry, "config": config},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=config.out_dir.name, storage_path=notes, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            raise LaunchError(f"the run failed on Ray: {cause[-1]}; its log is above") from error
+
+
+def _check_folder(config: PretrainConfig) -> None:
+    if isinstance(config.resume, Path):
+        raise ConfigError("launcher=ray restarts from the newest checkpoint in out_dir; use --resume=auto")
+    if config.resume is False and any(config.out_dir.glob("*/manifest.json")):
+        raise ConfigError(
+            f"{config.out_dir} already holds a run; add --resume=auto to go on, or give another --out_dir"
+        )
+
+
+def with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
+    """The same run seen from another working folder, which Ray's workers have."""
+    schedule = config.schedule
+    if schedule.decay_from is not None:
+        schedule = dataclasses.replace(schedule, decay_from=schedule.decay_from.absolute())
+    initial, tokenizer = config.initial_checkpoint_dir, config.tokenizer_dir
+    return dataclasses.replace(
+        config,
+        out_dir=config.out_dir.absolute(),
+        dataset_path=None if config.dataset_path is None else _absolute(config.dataset_path),
+        data=dataclasses.replace(
+            config.data, sources={_absolute(path): weight for path, weight in config.data.sources.items()}
+        ),
+        schedule=schedule,
+        initial_checkpoint_dir=None if initial is None else initial.absolute(),
+        tokenizer_dir=None if tokenizer is None else tokenizer.absolute(),
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).absolute())
+
+
+def _workers_per_node(config: PretrainConfig, nodes: list[dict[str, Any]]) -> tuple[int, bool]:
+    """(workers per node, whether they use GPUs).
+
+    Raises:
+        LaunchError: Fewer nodes than asked for.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if len(alive) < config.num_nodes:
+        raise LaunchError(
+            f"num_nodes={config.num_nodes}, but the Ray cluster has {len(alive)}; add nodes or ask for less"
+        )
+    gpus = sorted((int(resources.get("GPU", 0)) for resources in alive), reverse=True)[config.num_nodes - 1]
+    per_node = max(1, gpus) if config.devices == "auto" else config.devices
+    if gpus and per_node > gpus:
+        raise LaunchError(f"devices={config.devices}, but only {gpus} GPUs are on each of {config.num_nodes} nodes")
+    return per_node, gpus > 0
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    """One worker. Ray has set RANK, WORLD_SIZE and the like; what it calls NODE_RANK, torchrun calls GROUP_RANK."""
+    from ray.train import get_context
+
+    context = get_context()
+    os.environ["GROUP_RANK"] = str(context.get_node_rank())
+    os.environ["RANK"] = str(context.get_world_rank())
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ["WORLD_SIZE"] = str(context.get_world_size())
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_entry(arguments["entry"], arguments["config"])
