@@ -283,6 +283,25 @@ def test_a_full_disk_leaves_nothing_behind(final: Path, tmp_path: Path, monkeypa
     assert not [path for folder in (final, tmp_path) for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_what_a_killed_export_left_is_swept_and_what_a_living_one_writes_is_not(final: Path, tmp_path: Path) -> None:
+    host = os.uname().nodename
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    killed, living = (tmp_path / f".lit.{host}-{pid}.tmp" for pid in (dead.pid, os.getppid()))
+    elsewhere = tmp_path / ".lit.othernode-1.tmp"
+    for folder in (killed, living, elsewhere):
+        folder.mkdir()
+        (folder / "half").write_text("written")
+    convert_pretrained_checkpoint(final, tmp_path / "lit")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, elsewhere.name, "RUN", "lit"])
+
+
+def test_a_refused_checkpoint_makes_no_folders(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        convert_pretrained_checkpoint(tmp_path / "nowhere", tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+
+
 # --- Damage is found -------------------------------------------------------------------------------------------------
 
 

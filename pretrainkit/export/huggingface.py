@@ -10,7 +10,7 @@ from pretrainkit.export.mapping import huggingface_tensors
 from pretrainkit.export.modelcard import CARD_FILENAME, write_model_card
 from pretrainkit.export.sources import ExportDtype, TrainedModel, open_model
 from pretrainkit.export.tokenizer import copy_tokenizer, generation_config, tell_transformers
-from pretrainkit.export.writing import publish_folder, write_safetensors
+from pretrainkit.export.writing import check_replaceable, publish_folder, write_safetensors
 from pretrainkit.models.huggingface import family_of, transformers_config
 from pretrainkit.storage import write_json
 
@@ -55,8 +55,9 @@ def export_hf(
         PosixPath('HF_DIR')
     """
     output_dir = Path(output_dir)
+    check_replaceable(output_dir, CARD_FILENAME)  # before anything slow
+    model = open_model(Path(checkpoint_dir), dtype=dtype, model_name=model_name, tokenizer_dir=tokenizer_dir)
     with publish_folder(output_dir, CARD_FILENAME) as stage:
-        model = open_model(Path(checkpoint_dir), dtype=dtype, model_name=model_name, tokenizer_dir=tokenizer_dir)
         family = family_of(model.config)
         tied = model.is_tied()
         ids = copy_tokenizer(model.tokenizer, stage, model.config.padded_vocab_size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pretrainkit.errors import ModelError
 from pretrainkit.export.sources import MODEL_CONFIG, WEIGHTS_NAME, ExportDtype, TrainedModel, open_model
 from pretrainkit.export.tokenizer import SpecialIds, copy_tokenizer, generation_config
-from pretrainkit.export.writing import publish_folder, write_torch_file
+from pretrainkit.export.writing import check_replaceable, publish_folder, write_torch_file
 from pretrainkit.models.huggingface import transformers_config
 from pretrainkit.storage import write_json
 
@@ -51,8 +51,9 @@ def convert_pretrained_checkpoint(
     import yaml
 
     output_dir = Path(output_dir)
+    check_replaceable(output_dir, WEIGHTS_NAME)  # before anything slow
+    model = open_model(Path(checkpoint_dir), dtype=dtype, model_name=model_name, tokenizer_dir=tokenizer_dir)
     with publish_folder(output_dir, WEIGHTS_NAME) as stage:
-        model = open_model(Path(checkpoint_dir), dtype=dtype, model_name=model_name, tokenizer_dir=tokenizer_dir)
         ids = copy_tokenizer(model.tokenizer, stage, model.config.padded_vocab_size)
         (stage / MODEL_CONFIG).write_text(yaml.dump(asdict(model.config)), encoding="utf-8")
         write_json(stage / "generation_config.json", generation_config(ids))

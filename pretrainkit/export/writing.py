@@ -7,9 +7,9 @@ output or the new one; an output is replaced only when our own manifest names ev
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pickle
-import secrets
 import shutil
 import sys
 from collections import OrderedDict
@@ -25,7 +25,26 @@ from pretrainkit.train.manifest import MANIFEST_FILENAME, hash_files, read_manif
 if TYPE_CHECKING:
     import torch
 
+_UNFINISHED, _REPLACED = ".tmp", ".old"
 _STORAGE_ALIGNMENT = 64  # what torch.save uses
+
+
+def _private(path: Path, suffix: str) -> Path:
+    """A name beside `path` that tells which process of which machine works there."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}{suffix}")
+
+
+def _sweep(path: Path, suffix: str) -> None:
+    """Remove what processes of this machine that are dead left beside `path`."""
+    mark = f".{path.name}.{os.uname().nodename}-"
+    for left in path.parent.glob(f"{glob.escape(mark)}*{suffix}"):
+        pid = left.name[len(mark) : -len(suffix)]
+        if not pid.isdigit() or Path(f"/proc/{pid}").exists():
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 # --- One file of torch.save -----------------------------------------------------------------------------------------
@@ -41,9 +60,10 @@ def write_torch_file(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         StorageError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    _sweep(path, _UNFINISHED)
+    temporary = _private(path, _UNFINISHED)
     try:
-        with storage_errors(f"write {path}"), open(temporary, "xb") as file:
+        with storage_errors(f"write {path}"), open(temporary, "wb") as file:
             _write_archive(file, content)
             file.flush()
             os.fsync(file.fileno())
@@ -197,15 +217,17 @@ def publish_folder(output_dir: Path, kind: str) -> Iterator[Path]:
         StorageError: `output_dir` holds anything that an earlier run of this command did not write.
     """
     output_dir = output_dir.absolute()
-    _check_replaceable(output_dir, kind)
-    stage = output_dir.with_name(f".{output_dir.name}.{secrets.token_hex(4)}.tmp")
+    check_replaceable(output_dir, kind)
+    _sweep(output_dir, _UNFINISHED)
+    stage = _private(output_dir, _UNFINISHED)
     with storage_errors(f"write {output_dir}"):
         stage.mkdir(parents=True)
         try:
             yield stage
             _seal(stage)
-            _check_replaceable(output_dir, kind)  # a slow export: the folder may have changed
+            check_replaceable(output_dir, kind)  # a slow export: the folder may have changed
             _swap(stage, output_dir)
+            _sweep(output_dir, _REPLACED)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -227,14 +249,19 @@ def _swap(stage: Path, output_dir: Path) -> None:
         output_dir.rmdir()
         os.rename(stage, output_dir)
     else:
-        old = stage.with_suffix(".old")
+        old = _private(output_dir, _REPLACED)
         os.rename(output_dir, old)
         os.rename(stage, output_dir)
         shutil.rmtree(old)
     fsync_folder(output_dir.parent)
 
 
-def _check_replaceable(output_dir: Path, kind: str) -> None:
+def check_replaceable(output_dir: Path, kind: str) -> None:
+    """Refuse a folder that holds anything else than an earlier output of this command.
+
+    Raises:
+        StorageError: It does; names the first such file.
+    """
     if not output_dir.exists():
         return
     if not output_dir.is_dir():
