@@ -77,6 +77,13 @@ class Optimization:
 
     def run(self, plan: Plan) -> OptimizeSummary:
         """Work until every unit of this process's share is done with an engine that is still trusted."""
+        try:
+            return self._run(plan)
+        finally:
+            if not is_remote(self._output_dir):  # also what an earlier run's dead workers left, when nothing was to do
+                sweep_stages(self._output_dir)
+
+    def _run(self, plan: Plan) -> OptimizeSummary:
         while True:
             plan = self._settle(plan)
             self._failures = []
@@ -135,8 +142,6 @@ class Optimization:
             self._executor.run(job, pending, take)
         finally:
             progress.close()
-            if not is_remote(self._output_dir):
-                sweep_stages(self._output_dir)
 
     def _distrust_engine(self, plan: Plan, error: EngineDisprovedError) -> Plan:
         """Make a new plan with the reference engine; what the fast one made no longer counts."""

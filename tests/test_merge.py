@@ -578,6 +578,13 @@ def test_foreign_file_in_an_unfinished_target_is_not_touched(source, tmp_path):
     assert (tmp_path / "t/precious.txt").read_text() == "x"
 
 
+def test_draft_of_the_very_first_file_does_not_count_as_other_data(source, tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/..merging.x2btzzeb.tmp").write_text("half")
+    merge_datasets(source, tmp_path / "t")
+    assert not list((tmp_path / "t").glob("*.tmp"))
+
+
 def test_source_and_target_in_each_other_are_refused(source):
     for target in (source, source / "merged", source.parent):
         with pytest.raises(DatasetError, match="lie in each other"):

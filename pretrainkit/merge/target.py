@@ -37,7 +37,7 @@ def is_finished(target_dir: Path, fingerprint: str) -> bool:
     if not target_dir.is_dir():
         raise StorageError(f"target_dir={target_dir} is a file; give a folder")
     with storage_errors(f"read {target_dir}"):
-        names = sorted(path.name for path in target_dir.iterdir() if path.name != _LOCK)
+        names = sorted(p.name for p in target_dir.iterdir() if p.name != _LOCK and not is_temporary(p.name))
     if not names:
         return False
     theirs, chunks = _fingerprint_of(target_dir)

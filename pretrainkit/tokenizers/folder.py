@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrainkit.errors import ConfigError, TokenizerError
 from pretrainkit.metadata import Boundary, TokenDtype, TokenizerInfo
-from pretrainkit.storage import fsync_folder, storage_errors
+from pretrainkit.storage import write_atomic
 
 TokenizerKind = Literal["json", "sentencepiece"]
 
@@ -186,12 +185,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     Raises:
         StorageError: The target cannot be written.
     """
-    with storage_errors(f"write {target}"):
-        target.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            if not (source / name).is_file() or (target / name).is_file():
-                continue
-            temporary = target / f".{name}.tmp"
-            shutil.copyfile(source / name, temporary)
-            temporary.replace(target / name)
-        fsync_folder(target)
+    for name in _FILES:
+        if (source / name).is_file() and not (target / name).is_file():
+            write_atomic(target / name, (source / name).read_bytes())  # several ranks may be here at once
