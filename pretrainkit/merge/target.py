@@ -129,7 +129,7 @@ def publish(
     write_checksums(target_dir, fingerprint, chunks)  # from here on, the folder is known by them
     write_atomic(target_dir / METADATA_FILENAME, info.to_json())
     (target_dir / _MARK).unlink()
-    for path in target_dir.iterdir():
+    for path in [*target_dir.iterdir(), *(target_dir / TOKENIZER_FOLDER).iterdir()]:
         if is_temporary(path.name):
             path.unlink()
     fsync_folder(target_dir)
