@@ -43,6 +43,8 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
+        for path in self._folder.glob(f"rank-{self._rank:05d}.*"):
+            path.unlink(missing_ok=True)  # of an earlier process of this run
         if self._timeout_s is not None:
             self.alive(self._step, self._phase)
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")

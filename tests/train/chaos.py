@@ -26,11 +26,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
 
-from conftest import TINY_MODEL, write_split  # noqa: E402 - found through the line above
-
-from pretrainkit.config import (  # noqa: E402
+from pretrainkit.config import (  # noqa: E402 - found through the line above
     CheckpointConfig,
     ComputeConfig,
     EvalConfig,
@@ -39,6 +37,7 @@ from pretrainkit.config import (  # noqa: E402
     PretrainConfig,
     TrainConfig,
 )
+from tests.train.conftest import TINY_MODEL, write_split  # noqa: E402
 
 STEPS = 40
 SAVE_EVERY = 4
@@ -217,9 +216,9 @@ def main() -> None:
 
     import pretrainkit.train.setup  # noqa: F401
 
-    work = Path(tempfile.mkdtemp(prefix="chaos-"))
+    work = Path(tempfile.mkdtemp(prefix="training-chaos-"))
     if Path("/dev/shm").is_dir():  # a rename from there to the run's folder would fail
-        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="chaos-", dir="/dev/shm")
+        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="training-chaos-", dir="/dev/shm")
     for split, tokens, seed in (("train", 20_000, 1), ("val", 2_000, 2)):
         write_split(work / "data" / split, split, tokens, seed)
     reference = work / "reference"
@@ -239,7 +238,7 @@ def main() -> None:
         shutil.rmtree(run)
     print(f"{kills} kills in {runs} runs, {time.monotonic() - began:.0f} s: every run ended as the undisturbed one")
     shutil.rmtree(work)
-    shutil.rmtree(tempfile.gettempdir()) if tempfile.gettempdir().startswith("/dev/shm/chaos-") else None
+    shutil.rmtree(tempfile.gettempdir()) if tempfile.gettempdir().startswith("/dev/shm/training-chaos-") else None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,368 @@
+"""The parts of training one by one: guard, optimizers, manifest, metrics, loggers, signals, watchdog."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrainkit.config import GuardConfig, OptimizerArgs, OptimizerConfig, PretrainConfig
+from pretrainkit.errors import CheckpointError
+from pretrainkit.train.checkpoint import complete_checkpoints, sweep_unfinished, verify_checkpoint
+from pretrainkit.train.dcp import PlainReader
+from pretrainkit.train.guard import Guard
+from pretrainkit.train.loggers import open_logger
+from pretrainkit.train.manifest import MANIFEST_FILENAME, hash_files, read_manifest, verify_files, write_manifest
+from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, peak_flops, train_line
+from pretrainkit.train.optimizer import Muon, build_optimizer, gradient_norm, take_step
+from pretrainkit.train.signals import Ballot, SignalWatch
+from pretrainkit.train.state import TrainState, changes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- guard ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_skips_what_is_not_finite_and_spikes_but_not_early_ones():
+    guard = Guard(GuardConfig(spike_factor=3.0, warmup_steps=2, max_skips=1, window=10), torch.device("cpu"))
+    norms = [50.0, 1.0, 1.0, 4000.0, float("nan"), float("inf"), 1.0]
+    assert [guard.judge(torch.tensor(norm), step).item() for step, norm in enumerate(norms)] == [0, 0, 0, 1, 1, 1, 0]
+    assert guard.recent_skips.item() == 3
+    assert guard.num_taken.item() == 4
+
+
+def test_the_guard_forgets_old_verdicts_and_survives_a_save():
+    config = GuardConfig(max_skips=1, window=3)
+    guard = Guard(config, torch.device("cpu"))
+    for step, norm in enumerate([float("nan"), 1.0, float("nan"), 2.0]):
+        guard.judge(torch.tensor(norm), step)
+    assert guard.recent_skips.item() == 1  # the first verdict's place was taken by the fourth
+    again = Guard(config, torch.device("cpu"))
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert again.state_dict() == guard.state_dict()
+
+
+# --- optimizers -----------------------------------------------------------------------------------------------------
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = torch.nn.ModuleDict(
+            {"wte": torch.nn.Embedding(8, 4), "h": torch.nn.ModuleList([torch.nn.Linear(4, 6)])}
+        )
+        self.norm = torch.nn.LayerNorm(4)
+        self.lm_head = torch.nn.Linear(4, 8, bias=False)
+
+
+def names_of(model: torch.nn.Module, group: dict) -> set[str]:
+    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {by_id[id(parameter)] for parameter in group["params"]}
+
+
+def test_weight_decay_touches_matrices_alone():
+    model = Tiny()
+    (adamw,) = build_optimizer(model, OptimizerConfig(init_args=OptimizerArgs(weight_decay=0.3)))
+    decayed, others = adamw.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert names_of(model, decayed) == {"transformer.h.0.weight", "lm_head.weight"}
+    assert names_of(model, others) == {"transformer.wte.weight", "transformer.h.0.bias", "norm.weight", "norm.bias"}
+    assert adamw.defaults["fused"]
+
+
+def test_muon_takes_the_blocks_matrices():
+    model = Tiny()
+    adamw, muon = build_optimizer(model, OptimizerConfig(class_path="Muon"))
+    assert names_of(model, muon.param_groups[0]) == {"transformer.h.0.weight"}
+    assert sum(len(group["params"]) for group in adamw.param_groups) == 5
+
+
+def fill_gradients(model: torch.nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+def test_a_step_on_the_device_equals_clip_then_step():
+    torch.manual_seed(0)
+    model, plain = Tiny(), Tiny()
+    plain.load_state_dict(model.state_dict())
+    optimizers = build_optimizer(model, OptimizerConfig(init_args=OptimizerArgs(weight_decay=0.0)))
+    reference = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(3):
+        fill_gradients(model, step)
+        fill_gradients(plain, step)
+        norm = gradient_norm(optimizers)
+        expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        assert norm.item() == pytest.approx(expected.item())
+        scale = 1 / (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        take_step(optimizers, learning_rate=0.01, grad_scale=scale, skip=torch.zeros(()))
+        reference.param_groups[0]["lr"] = 0.01
+        reference.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_a_skipped_step_changes_nothing_even_with_nan(name):
+    torch.manual_seed(0)
+    model = Tiny()
+    optimizers = build_optimizer(model, OptimizerConfig(class_path=name))
+    fill_gradients(model, 1)
+    take_step(optimizers, learning_rate=0.01, grad_scale=torch.ones(()), skip=torch.zeros(()))
+    before = [parameter.clone() for parameter in model.parameters()]
+    states = [{k: v.clone() for k, v in s.items()} for optimizer in optimizers for s in optimizer.state.values()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    take_step(optimizers, learning_rate=0.01, grad_scale=torch.tensor(float("nan")), skip=torch.ones(()))
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    after = [s for optimizer in optimizers for s in optimizer.state.values()]
+    assert all(torch.equal(old[k], new[k]) for old, new in zip(states, after, strict=True) for k in old)
+
+
+def test_muons_update_is_orthogonal_and_has_adamws_size():
+    parameter = torch.nn.Parameter(torch.zeros(16, 32))
+    parameter.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    muon = Muon([parameter], lr=1.0, weight_decay=0.0, momentum=0.9)
+    take_step([muon], learning_rate=1.0, grad_scale=torch.ones(()), skip=torch.zeros(()))
+    update = parameter.detach()
+    singular = torch.linalg.svdvals(update) / (0.2 * 32**0.5)
+    assert singular.min() > 0.5
+    assert singular.max() < 1.4
+    assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.3)
+
+
+# --- manifest -------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, step: int = 7) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.json").write_text("content")
+    (folder / "sub" / "b.bin").write_bytes(bytes(range(64)))
+    write_manifest(folder, step, hash_files(folder, ["a.json", "sub/b.bin"]))
+    return folder
+
+
+def test_every_flipped_bit_is_found_in_every_file(tmp_path):
+    folder = make_folder(tmp_path / "step-00000007")
+    verify_checkpoint(folder)
+    for path in (folder / "a.json", folder / "sub" / "b.bin", folder / MANIFEST_FILENAME):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 3):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << (place % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                verify_checkpoint(folder)
+        path.write_bytes(whole)
+    verify_checkpoint(folder)
+
+
+def test_missing_and_shorter_files_are_named(tmp_path):
+    folder = make_folder(tmp_path / "step-00000007")
+    (folder / "a.json").write_text("conten")
+    (folder / "sub" / "b.bin").unlink()
+    step, files = read_manifest(folder)
+    assert step == 7
+    assert verify_files(folder, files) == ["a.json has 6 bytes instead of 7", "sub/b.bin is missing"]
+    # Ranks share the work, and together see everything.
+    assert verify_files(folder, files, 0, 2) + verify_files(folder, files, 1, 2) == verify_files(folder, files)
+
+
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "step-00000007")
+    outside = hash_files(folder, ["a.json"])
+    write_manifest(folder, 7, {"../a.json": outside["a.json"]})
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_manifest(folder)
+
+
+def test_unfinished_saves_are_no_checkpoints_and_are_swept(tmp_path):
+    make_folder(tmp_path / "step-00000007")
+    make_folder(tmp_path / "step-00000009", step=9)
+    make_folder(tmp_path / "step-00000011.partial", step=11)
+    (tmp_path / "step-00000013").mkdir()
+    (tmp_path / "step-mine.partial").mkdir()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000009", "step-00000007"]
+    sweep_unfinished(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000007", "step-00000009", "step-00000013", "step-mine.partial"]
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="wants to load posix.mkdir, which no checkpoint needs"):
+        PlainReader(tmp_path).read_metadata()
+    assert not (tmp_path / "ran").exists()
+
+
+# --- metrics and loggers --------------------------------------------------------------------------------------------
+
+
+def run_config(out_dir: Path, **changes) -> PretrainConfig:
+    return PretrainConfig(**{"model_name": "pythia-14m", "dataset_path": "d", "out_dir": out_dir} | changes)
+
+
+def test_metrics_are_whole_lines_even_after_a_kill(tmp_path):
+    (tmp_path / METRICS_FILENAME).write_text('{"event": "train", "step": 1}\n{"event": "tra')
+    writer = MetricsWriter(run_config(tmp_path), {}, TrainState(), rank=0)
+    writer.write("train", TrainState(step=2, tokens=9), loss=float("nan"), mfu=None)
+    writer.close()
+    first, second = (json.loads(line) for line in (tmp_path / METRICS_FILENAME).read_text().splitlines())
+    assert first == {"event": "train", "step": 1}
+    assert {key: second[key] for key in ("event", "step", "tokens", "loss")} == {
+        "event": "train", "step": 2, "tokens": 9, "loss": "nan",
+    }  # fmt: skip
+    assert "mfu" not in second
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    writer = MetricsWriter(run_config(tmp_path / "run"), {}, TrainState(), rank=1)
+    writer.write("train", TrainState(), loss=1.0)
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_line_per_logged_step():
+    row = {"step": 1200, "tokens": 2_500_000_000, "loss": 3.21456, "learning_rate": 3e-4, "grad_norm": 0.815,
+           "tokens_per_s": 1_234_567, "tokens_per_s_per_device": 154_320, "mfu": 0.412, "mfu_causal": 0.38,
+           "memory_gb": 61.24, "data_wait": 0.0012, "remaining_s": 3723.4}  # fmt: skip
+    assert train_line(row, 9000) == (
+        "step 1,200/9,000 | 2.50B tokens | loss 3.2146 | lr 3.00e-04 | norm 0.81 | 1.23M tok/s (154.3k each) | "
+        "mfu 41.2% (38.0% causal) | mem 61.2 GB | data 0.1% | 1:02:03 left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("x", None)],
+)
+def test_known_devices_have_a_peak(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_wandb_without_a_key_goes_offline_with_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    started = {}
+
+    class Run:
+        def log(self, numbers, step):
+            raise OSError("gone")
+
+        def finish(self):
+            raise AssertionError("must not be called after a failure")
+
+    monkeypatch.setattr("wandb.init", lambda **options: started.update(options) or Run())
+    state = TrainState()
+    opened = open_logger(run_config(tmp_path, logger_name="wandb"), {}, state)
+    assert started["mode"] == "offline"
+    assert started["id"] == state.wandb_id
+    opened.log({"loss": 1.0}, 1)
+    opened.log({"loss": 1.0}, 2)
+    opened.close()
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "wandb: no API key (set WANDB_API_KEY or run `wandb login`)",
+        "wandb: gone",
+    ]
+
+
+def test_wandb_without_a_network_goes_offline(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    modes = []
+    monkeypatch.setattr("wandb.init", lambda **options: modes.append(options["mode"]))
+    open_logger(run_config(tmp_path, logger_name="wandb"), {}, TrainState())
+    assert modes == ["offline"]
+    assert "127.0.0.1 cannot be reached" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_numbers(tmp_path):
+    opened = open_logger(run_config(tmp_path, logger_name="tensorboard"), {"a": 1}, TrainState())
+    opened.log({"loss": 1.0}, 1)
+    opened.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+def test_changes_name_what_can_change_the_result():
+    before = {"seed": 1, "out_dir": "a", "train": {"max_steps": 1, "log_interval": 1}, "eval": {"interval": 1}}
+    after = {"seed": 2, "out_dir": "b", "train": {"max_steps": 1, "log_interval": 5}, "eval": {"interval": 9}}
+    assert changes(before, after) == ["seed: 1 -> 2"]
+
+
+# --- signals and watchdog -------------------------------------------------------------------------------------------
+
+
+def test_a_signal_is_remembered_and_a_second_interrupt_interrupts():
+    watch = SignalWatch()
+    before = signal.getsignal(signal.SIGINT)
+    with watch.watching():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_one_rank_votes_alone():
+    ballot = Ballot(None)
+    assert [ballot.cast(vote) for vote in (0, 15)] == [0, 15]
+
+
+HANGING = """
+import logging, sys, time
+from pathlib import Path
+from pretrainkit.train.watchdog import Watchdog
+logging.basicConfig(format="%(message)s")
+def stuck_in_the_data():
+    time.sleep(60)
+dog = Watchdog(Path(sys.argv[1]), int(sys.argv[2]), 0.5)
+dog.start()
+dog.alive(int(sys.argv[3]), "waiting for data")
+stuck_in_the_data()
+"""
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGING, str(tmp_path), str(rank), str(step)],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, step in ((0, 8), (1, 7))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=50)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [75, 75]
+    assert "rank 1 hangs: no progress for 0 s in step 7 while waiting for data" in outputs[1]
+    assert "stuck_in_the_data" in outputs[1]
+    assert "stuck_in_the_data" in (tmp_path / "watchdog" / "rank-00001.stack").read_text()
+
+
+def test_a_process_that_lives_is_left_alone(tmp_path):
+    from pretrainkit.train.watchdog import Watchdog
+
+    dog = Watchdog(tmp_path, 0, None)
+    dog.start()
+    dog.alive(1, "computing")
+    dog.stop()
+    assert list(tmp_path.iterdir()) == []
