@@ -24,6 +24,7 @@ from pretrainkit.records import RECORDS_FOLDER, UnitRecord, add_counts, record_n
 from pretrainkit.storage import (
     filesystem,
     folder_lock,
+    fsync_folder,
     is_remote,
     join,
     read_bytes,
@@ -107,6 +108,8 @@ def finish_node(output_dir: str, node: str, plan: Plan, tokenizer_dir: Path) -> 
         lock = contextlib.nullcontext() if is_remote(folder) else folder_lock(folder, "optimize", wait=True)
         with lock:
             records = read_records(folder, plan.id)
+            if not is_remote(folder):
+                fsync_folder(join(folder, RECORDS_FOLDER))
             _write_dataset(folder, split, records, plan)
             _copy_tokenizer(tokenizer_dir, join(folder, "tokenizer"))
 

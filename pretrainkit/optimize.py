@@ -70,7 +70,7 @@ def optimize_dataset(  # noqa: PLR0913 - these are the command's flags; they are
         val_glob: Pattern of file names below input_dir that are the validation split instead.
         block_size: Tokens per training block as stored (a model's block_size + 1): chunks then hold whole blocks.
         chunk_bytes: Size of a chunk's tokens.
-        unit_bytes: Text per work unit; by default a 256th of the input, 4 MiB at least and 128 MiB at most.
+        unit_bytes: Text per work unit; by default a 256th of the input, about 8 MiB at least and 128 MiB at most.
         engine: Tokenizer engine: auto, gigatoken, tokenizers or sentencepiece. auto takes the fast one where it is
             proven equal to the reference.
         on_bad_input: fail ends with an error that lists what could not be read; skip leaves it out and counts it.

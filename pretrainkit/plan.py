@@ -26,9 +26,12 @@ from pretrainkit.storage import ListedFile
 PLAN_FILENAME = "plan.json"
 FORMAT_VERSION = 1
 
-_SMALLEST_UNIT_BYTES = 4 << 20
+# Large enough that syncing a unit's files costs little, small enough that every CPU has many and a kill loses little;
+# a small input is still cut into a few, so that it is not one CPU's work.
+_SMALLEST_UNIT_BYTES = 8 << 20
 _LARGEST_UNIT_BYTES = 128 << 20
-_UNITS_WANTED = 256
+_MOST_UNITS_WANTED = 256
+_FEWEST_UNITS_WANTED = 16
 _FOOTER_THREADS = 16
 
 
@@ -49,7 +52,7 @@ class PlanSettings:
     engine: str = "auto"
     """Tokenizer engine asked for."""
     unit_bytes: int | None = None
-    """Text per work unit; None: a 256th of the input, 4 MiB at least and 128 MiB at most."""
+    """Text per work unit; None: a 256th of the input, about 8 MiB at least, 128 MiB at most."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -123,7 +126,7 @@ class Plan:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 over the plan, hexadecimal; the name of the tokenizer's folder is left out, for it decides nothing."""
+        """SHA-256 over the plan, hexadecimal; the tokenizer's name is left out, for it decides nothing."""
         nameless = dataclasses.replace(self, tokenizer=dataclasses.replace(self.tokenizer, name=""))
         return hashlib.sha256(nameless.to_json().encode()).hexdigest()
 
@@ -245,7 +248,8 @@ def _cut_into_units(
 ) -> Iterator[Unit]:
     """Neighbouring pieces joined until a unit is full; a unit may span shards, but not splits."""
     total = sum(piece.text_bytes for info in infos for piece in info.pieces)
-    limit = unit_bytes or min(_LARGEST_UNIT_BYTES, max(_SMALLEST_UNIT_BYTES, total // _UNITS_WANTED))
+    smallest = min(_SMALLEST_UNIT_BYTES, total // _FEWEST_UNITS_WANTED)
+    limit = unit_bytes or min(_LARGEST_UNIT_BYTES, max(smallest, total // _MOST_UNITS_WANTED))
     index, size, ranges, split = 0, 0, list[tuple[int, int, int]](), "train"
     for number, start, stop, text_bytes in _all_pieces(infos):
         if ranges and (size + text_bytes > limit or shards[number].split != split):

@@ -13,7 +13,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from pretrainkit.chunks import ChunkWriter
 from pretrainkit.documents import DocumentBatch, OnBadInput, read_range, unusable
 from pretrainkit.errors import DatasetError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
-from pretrainkit.records import Failure, SplitCounts, UnitRecord, add_counts, record_name
-from pretrainkit.storage import fsync_folder, is_remote, join, publish, read_bytes, storage_errors, write_atomic
+from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
+from pretrainkit.storage import fsync_folder, is_remote, join, publish, read_bytes, storage_errors
 from pretrainkit.tokenizers import AUTO, EncodedDocuments
 from pretrainkit.tokenizers.auto import (
     EngineDisprovedError,
@@ -41,8 +42,8 @@ from pretrainkit.tokenizers.gigatoken import string_buffers
 STAGE_PREFIX = ".stage-"
 
 _MAX_FAILURES_RECORDED = 1000
-# One document of each 4 MiB batch, of at most this size, is encoded by the reference too: about 1 % of the time.
-_CHECKED_DOCUMENT_BYTES = 2048
+# One document of each 4 MiB batch, of at most this size, is encoded by the reference too: some 1 % of the time.
+_CHECKED_DOCUMENT_BYTES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,25 +133,48 @@ class UnitRunner:
         Raises:
             StorageError: The output cannot be written.
         """
+        return self._encode(index)()
+
+    def run_all(self, units: Iterable[int]) -> Iterator[UnitResult]:
+        """Do units in turn; each is written, synced and published while the next one is encoded.
+
+        Raises:
+            StorageError: The output cannot be written.
+        """
+        with ThreadPoolExecutor(1) as publisher:
+            before: Future[UnitResult] | None = None
+            for index in units:
+                publish_unit = self._encode(index)
+                if before is not None:
+                    yield before.result()
+                before = publisher.submit(publish_unit)
+            if before is not None:
+                yield before.result()
+
+    def _encode(self, index: int) -> Callable[[], UnitResult]:
+        """Read and encode one unit; what is left to do is to call the result."""
         unit = self.plan.units[index]
-        with storage_errors(f"write {self._job.output_dir}"), self._stage(index) as stage:
+        with contextlib.ExitStack() as cleanup:
+            cleanup.enter_context(storage_errors(f"write {self._job.output_dir}"))
+            stage = cleanup.enter_context(self._stage(index))
             writers = {split: self._writer(stage, unit, split) for split in self.plan.splits}
             progress = _Progress()
             try:
                 for batch in self._batches(unit):
                     self._take(batch, unit, writers, progress)
             except EngineDisprovedError as error:
-                return UnitResult(unit=index, committed=False, disproved=str(error))
+                disproved = UnitResult(unit=index, committed=False, disproved=str(error))
+                return lambda: disproved
             if progress.failures and self._job.on_bad_input == "fail":
-                return UnitResult(unit=index, committed=False, failures=tuple(progress.failures))
-            counts = {split: writer.finish() for split, writer in writers.items()}
-            self._publish(stage, unit, writers, counts, progress)
-        return UnitResult(
-            unit=index,
-            text_bytes=sum(c.text_bytes for c in counts.values()),
-            tokens=sum(c.tokens for c in counts.values()),
-            failures=tuple(progress.failures),
-        )
+                failed = UnitResult(unit=index, committed=False, failures=tuple(progress.failures))
+                return lambda: failed
+            to_clean_up = cleanup.pop_all()
+
+        def publish_unit() -> UnitResult:
+            with to_clean_up:
+                return self._publish(stage, unit, writers, progress)
+
+        return publish_unit
 
     def _writer(self, stage: Path, unit: Unit, split: str) -> ChunkWriter:
         (stage / split).mkdir()
@@ -268,17 +292,10 @@ class UnitRunner:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
-    def _publish(
-        self,
-        stage: Path,
-        unit: Unit,
-        writers: dict[str, ChunkWriter],
-        counts: dict[str, SplitCounts],
-        progress: _Progress,
-    ) -> None:
+    def _publish(self, stage: Path, unit: Unit, writers: dict[str, ChunkWriter], progress: _Progress) -> UnitResult:
         """Chunks first, then the validation split's record, then the training split's, which commits the unit."""
+        counts = {split: writer.finish() for split, writer in writers.items()}
         for split, writer in reversed(writers.items()):
-            folder = join(self._job.output_dir, split, self._node)
             record = UnitRecord(
                 plan=self.plan.id,
                 unit=unit.index,
@@ -293,18 +310,31 @@ class UnitRunner:
                 failures=tuple(progress.failures),
             )
             assert record.unaccounted() == 0, f"unit {unit.index}: {record.unaccounted()} documents unaccounted for"
-            # The record is staged too: whoever is killed leaves nothing behind but the stage, which is swept.
-            staged, target = stage / split / "record.json", join(folder, record_name(unit.index))
-            write_atomic(staged, record.to_json())
-            if not is_remote(folder):
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-            for chunk in writer.chunks:
-                publish(stage / split / chunk.filename, join(folder, chunk.filename))
-            if writer.chunks and not is_remote(folder):
-                fsync_folder(folder)
-            publish(staged, target)
-            if not is_remote(folder):
-                fsync_folder(Path(target).parent)
+            self._publish_split(stage / split, record)
+        return UnitResult(
+            unit=unit.index,
+            text_bytes=sum(c.text_bytes for c in counts.values()),
+            tokens=sum(c.tokens for c in counts.values()),
+            failures=tuple(progress.failures),
+        )
+
+    def _publish_split(self, stage: Path, record: UnitRecord) -> None:
+        folder = join(self._job.output_dir, record.split, self._node)
+        # The record is staged too: whoever is killed leaves nothing behind but the stage, which is swept.
+        staged, target = stage / "record.json", join(folder, record_name(record.unit))
+        with open(staged, "w", encoding="utf-8") as file:
+            file.write(record.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        if not is_remote(folder):
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        for chunk in record.chunks:
+            publish(stage / chunk.filename, join(folder, chunk.filename))
+        if record.chunks and not is_remote(folder):
+            fsync_folder(folder)
+        # Its own name is synced when the folder is finished: until then a power cut may take it back, and the unit is
+        # done again.
+        publish(staged, target)
 
 
 def in_validation(offsets: TokenArray, characters: TokenArray, fraction: float) -> TokenArray:

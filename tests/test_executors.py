@@ -166,8 +166,8 @@ def test_a_unit_that_kills_its_worker_three_times_is_named(input_dir, tokenizer_
         "import os, sys\n"
         "if 'pretrainkit.executors.worker' in ' '.join(sys.orig_argv):\n"
         "    import pretrainkit.unit as unit\n"
-        "    run = unit.UnitRunner.run\n"
-        "    unit.UnitRunner.run = lambda self, index: os._exit(9) if index == 1 else run(self, index)\n"
+        "    encode = unit.UnitRunner._encode\n"
+        "    unit.UnitRunner._encode = lambda self, index: os._exit(9) if index == 1 else encode(self, index)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     with pytest.raises(LaunchError, match=r"3 workers died on unit 1 \(exit code 9\)"):

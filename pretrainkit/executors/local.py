@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pretrainkit.unit import Job, UnitResult, UnitRunner
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
+_UNITS_IN_HAND = 2
 
 
 @dataclass(kw_only=True)
@@ -32,8 +33,8 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection
-    unit: int | None = None
-    """Unit in its hands, or None before it is ready and when nothing is left."""
+    units: list[int] = field(default_factory=list)
+    """Units in its hands: one being published, one being encoded."""
 
 
 class LocalExecutor:
@@ -60,9 +61,8 @@ class LocalExecutor:
         """See `Executor.run`."""
         node = node_name(os.environ)
         if self._num_workers == 0:
-            runner = UnitRunner(job, node)
-            for unit in units:
-                on_result(runner.run(unit))
+            for result in UnitRunner(job, node).run_all(units):
+                on_result(result)
             return
         pool = _Pool(job, node, units)
         with pool.running(min(self._num_workers, len(units))):
@@ -77,7 +77,7 @@ class _Pool:
     def __init__(self, job: Job, node: str, units: Sequence[int]) -> None:
         self._hello = (job, node)
         self._queue = collections.deque(units)
-        self._deaths: collections.Counter[int | None] = collections.Counter()
+        self._deaths: collections.Counter[int | None] = collections.Counter()  # None: while starting
         self._workers: dict[Connection, _Worker] = {}
         self.unfinished = len(units)
 
@@ -104,36 +104,42 @@ class _Pool:
             if isinstance(message, PretrainKitError | OSError):
                 raise message
             if message is not None:
-                self._deaths.pop(worker.unit, None)
+                worker.units.remove(message.unit)
+                self._deaths.pop(message.unit, None)
                 self.unfinished -= 1
                 yield message
             self._hand_out(worker)
 
     def _hand_out(self, worker: _Worker) -> None:
-        worker.unit = self._queue.popleft() if self._queue else None
-        if worker.unit is not None:
-            # A worker that has just died: its end of file is waited for next.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                worker.connection.send(worker.unit)
+        """Keep a worker busy: the next unit is in its hands before it reports the one before."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died; its end of file comes next
+            while self._queue and len(worker.units) < self._depth(worker):
+                worker.units.append(self._queue.popleft())
+                worker.connection.send(worker.units[-1])
+            if len(worker.units) < _UNITS_IN_HAND:
+                worker.connection.send(None)
+
+    def _depth(self, worker: _Worker) -> int:
+        """One unit where two would leave others idle at the end, or blame a death on a bystander."""
+        suspect = any(self._deaths[unit] for unit in [*worker.units, self._queue[0]])
+        return 1 if suspect or len(self._queue) < len(self._workers) else _UNITS_IN_HAND
 
     def _bury(self, worker: _Worker) -> None:
-        """Take note of a death, put the unit back, start another worker."""
+        """Take note of a death, put the units back, start another worker."""
         del self._workers[worker.connection]
         worker.connection.close()
         code = worker.process.wait()
-        self._deaths[worker.unit] += 1
-        what = "while starting" if worker.unit is None else f"on unit {worker.unit}"
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        hint = "; out of memory?" if code == -signal.SIGKILL else ""
-        if self._deaths[worker.unit] >= MAX_DEATHS_PER_UNIT:
-            raise LaunchError(
-                f"{MAX_DEATHS_PER_UNIT} workers died {what} ({how}{hint}); plan.json says which rows that is"
-                if worker.unit is not None
-                else f"{MAX_DEATHS_PER_UNIT} workers died {what} ({how}{hint})"
-            )
-        logger.warning("a worker died %s (%s%s); trying again", what, how, hint)
-        if worker.unit is not None:
-            self._queue.appendleft(worker.unit)
+        how += "; out of memory?" if code == -signal.SIGKILL else ""
+        in_hand: list[int | None] = [*worker.units] or [None]
+        for unit in in_hand:
+            what = "while starting" if unit is None else f"on unit {unit}"
+            self._deaths[unit] += 1
+            if self._deaths[unit] >= MAX_DEATHS_PER_UNIT:
+                where = "" if unit is None else "; plan.json says which rows that is"
+                raise LaunchError(f"{MAX_DEATHS_PER_UNIT} workers died {what} ({how}){where}")
+            logger.warning("a worker died %s (%s); trying again", what, how)
+        self._queue.extendleft(reversed(worker.units))
         if self._queue:
             self._start()
 

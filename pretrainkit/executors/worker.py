@@ -1,8 +1,8 @@
 """A local worker process: `python -m pretrainkit.executors.worker FD`.
 
-Comes in, through a socket: the job and the node's name, then unit numbers. Goes out, through the same socket: one
-result per unit, or an error. Guarantee: it dies with its driver, at once, whatever it is doing; Ctrl+C is the driver's
-business.
+Comes in, through a socket: the job and the node's name, then unit numbers and None. Goes out, through the same socket:
+one result per unit, or an error. Guarantee: it dies with its driver, at once, whatever it is doing; Ctrl+C is the
+driver's business.
 
 A process of its own, started by name, needs no importable `__main__`, inherits no threads, and works from a notebook.
 """
@@ -30,7 +30,9 @@ def main(descriptor: int) -> None:
         runner = UnitRunner(job, node)
         connection.send(None)  # ready
         while True:
-            connection.send(runner.run(connection.recv()))
+            # Units until a None, which asks for what is still in hand.
+            for result in runner.run_all(iter(connection.recv, None)):
+                connection.send(result)
     except EOFError:
         return
     except PretrainKitError as error:

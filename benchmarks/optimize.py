@@ -1,0 +1,365 @@
+#!/usr/bin/env python3
+"""How fast optimize is, beside the stock recipe and beside what the hardware allows, in one run.
+
+    python benchmarks/optimize.py --corpus DIR --tokenizer DIR [DIR ...]
+
+Without arguments it makes a small corpus of the Python library's source and trains a small tokenizer on it. Every way
+runs in fresh processes, one per core, that load what they need, wait for each other, and are then timed: start-up is
+left out. The ways:
+
+    ours      the work units of `optimize_dataset`, fsync and checksums included
+    stock     pyarrow -> pandas -> litgpt's Tokenizer.encode per document -> litdata's BinaryWriter (--stock_mb of text)
+    decode    floor 1: decode the text column, write the ids' bytes
+    engine    the tokenizer engine alone, on text in memory; floor 2 is decode + engine
+
+`whole` compares the whole commands, start-up included, on all cores: `optimize_dataset.py` and `litdata.optimize`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def shards(corpus: Path) -> list[Path]:
+    """Every Parquet file, in order."""
+    return sorted(corpus.rglob("*.parquet"))
+
+
+def row_groups(corpus: Path, share: int, shares: int) -> Iterator[tuple[Path, int]]:
+    """Every `shares`-th row group of the corpus, beginning with number `share`."""
+    import pyarrow.parquet as pq
+
+    numbered = [(path, group) for path in shards(corpus) for group in range(pq.ParquetFile(path).num_row_groups)]
+    return iter(numbered[share::shares])
+
+
+def read_batches(corpus: Path, column: str, share: int, shares: int) -> Iterator[Any]:
+    """The text column of a share, as our reader reads it."""
+    import pyarrow.parquet as pq
+
+    for path, group in row_groups(corpus, share, shares):
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(8192, row_groups=[group], columns=[column], use_threads=False):
+            yield batch.column(0)
+
+
+def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any) -> tuple[float, int]:
+    """(seconds, tokens) of our units."""
+    from pretrainkit.plan import Plan
+    from pretrainkit.unit import Job, UnitRunner
+
+    output_dir = Path(options.scratch) / "ours"
+    plan = Plan.from_json((output_dir / "plan.json").read_text())
+    job = Job(
+        output_dir=str(output_dir),
+        plan_id=plan.id,
+        train_root=str(options.corpus),
+        val_root=str(options.corpus),
+        tokenizer_dir=str(tokenizer),
+    )
+    runner = UnitRunner(job, f"node{share}")
+    units = range(share, len(plan.units), shares)
+    barrier.wait()
+    start = time.perf_counter()
+    tokens = sum(result.tokens for result in runner.run_all(units))
+    return time.perf_counter() - start, tokens
+
+
+def run_stock(options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any) -> tuple[float, int]:
+    """(seconds, tokens) of the usual recipe, on the first --stock_mb of this share."""
+    import pyarrow.parquet as pq
+    import torch
+    from litdata.streaming.item_loader import TokensLoader
+    from litdata.streaming.writer import BinaryWriter
+    from litgpt.tokenizer import Tokenizer
+
+    torch.set_num_threads(1)
+    encoder = Tokenizer(tokenizer)
+    folder = Path(options.scratch) / f"stock{share}"
+    folder.mkdir()
+    writer = BinaryWriter(str(folder), chunk_bytes="64MB", item_loader=TokensLoader())
+    writer._rank = share
+    barrier.wait()
+    start = time.perf_counter()
+    tokens = documents = size = 0
+    for path, group in row_groups(options.corpus, share, shares):
+        frame = pq.ParquetFile(path).read_row_group(group, columns=[options.text_column], use_threads=False).to_pandas()
+        for text in frame[options.text_column]:
+            ids = encoder.encode(text, eos=True).to(torch.int32)
+            writer.add_item(documents, ids)
+            tokens += len(ids)
+            documents += 1
+            size += len(text)
+            if size > options.stock_mb * 1e6 / shares:
+                break
+        if size > options.stock_mb * 1e6 / shares:
+            break
+    writer.done()
+    return time.perf_counter() - start, tokens
+
+
+def run_decode(
+    options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any
+) -> tuple[float, int]:
+    """(seconds, tokens) of decoding the text and writing ids that are there already."""
+    import numpy as np
+
+    from pretrainkit.tokenizers.gigatoken import GigatokenEngine
+
+    engine = GigatokenEngine(tokenizer)
+    dtype = np.uint16 if max(engine._backend.vocab) < 65536 else np.int32
+    encoded = [
+        engine.encode(column).ids.astype(dtype)
+        for column in read_batches(options.corpus, options.text_column, share, shares)
+    ]
+    barrier.wait()
+    start = time.perf_counter()
+    with open(Path(options.scratch) / f"decode{share}.bin", "wb", buffering=0) as file:
+        for _, ids in zip(read_batches(options.corpus, options.text_column, share, shares), encoded, strict=True):  # noqa: FURB122 - decoding goes on between the writes
+            file.write(ids.data)
+    return time.perf_counter() - start, sum(map(len, encoded))
+
+
+def run_engine(
+    options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any
+) -> tuple[float, int]:
+    """(seconds, tokens) of the engine alone, its cache empty at first as in a real worker."""
+    from pretrainkit.tokenizers.gigatoken import GigatokenEngine
+
+    columns = list(read_batches(options.corpus, options.text_column, share, shares))
+    engine = GigatokenEngine(tokenizer)
+    barrier.wait()
+    start = time.perf_counter()
+    tokens = sum(len(engine.encode(column).ids) for column in columns)
+    return time.perf_counter() - start, tokens
+
+
+WAYS = {"ours": run_ours, "stock": run_stock, "decode": run_decode, "engine": run_engine}
+
+
+def child(
+    way: str, options: argparse.Namespace, tokenizer: Path, place: tuple[int, int], barrier: Any, results: Any
+) -> None:
+    """One process on one core."""
+    share, shares = place
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[share % len(cores)]})
+    try:
+        results.put(WAYS[way](options, tokenizer, share, shares, barrier))
+    except BaseException:
+        barrier.abort()
+        results.put(None)
+        raise
+
+
+def measure(way: str, options: argparse.Namespace, tokenizer: Path, cores: int) -> tuple[float, int]:
+    """(seconds of the slowest process, tokens of all) of one run on `cores` cores."""
+    shutil.rmtree(options.scratch, ignore_errors=True)
+    Path(options.scratch).mkdir(parents=True)
+    if way == "ours":
+        write_plan(options, tokenizer)
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(cores), context.Queue()
+    processes = [
+        context.Process(target=child, args=(way, options, tokenizer, (share, cores), barrier, results))
+        for share in range(cores)
+    ]
+    for process in processes:
+        process.start()
+    gathered = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    if None in gathered:
+        sys.exit(f"{way} failed")
+    return max(seconds for seconds, _ in gathered), sum(tokens for _, tokens in gathered)
+
+
+def write_plan(options: argparse.Namespace, tokenizer: Path) -> None:
+    """What `optimize_dataset` does before the first unit."""
+    import dataclasses
+
+    from pretrainkit.inputs import find_inputs
+    from pretrainkit.plan import PlanSettings, make_plan
+    from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer
+
+    info = read_tokenizer(tokenizer)
+    settings = PlanSettings(text_column=options.text_column, boundary=choose_boundary(None, info))
+    inputs = find_inputs(
+        input_dir=str(options.corpus), val_dir=None, val_glob=None, hf_dataset=None, hf_config="", split=""
+    )
+    plan = make_plan(inputs.files, settings, info, choose_dtype(info), "fail")
+    # settings.engine stays "auto": the share that is checked against the reference belongs to the price.
+    plan = dataclasses.replace(plan, engine="gigatoken")
+    (Path(options.scratch) / "ours").mkdir()
+    (Path(options.scratch) / "ours/plan.json").write_text(plan.to_json())
+
+
+STOCK_COMMAND = """
+import sys
+from pathlib import Path
+import pyarrow.parquet as pq
+import torch
+from litdata import optimize
+from litdata.streaming.item_loader import TokensLoader
+from litgpt.tokenizer import Tokenizer
+
+def encode(path):
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer(Path(sys.argv[2]))
+    for text in pq.read_table(path, columns=[sys.argv[4]]).to_pandas()[sys.argv[4]]:
+        yield tokenizer.encode(text, eos=True).to(torch.int32)
+
+if __name__ == "__main__":
+    inputs = sorted(str(path) for path in Path(sys.argv[1]).rglob("*.parquet"))
+    optimize(fn=encode, inputs=inputs, output_dir=sys.argv[3], chunk_bytes="64MB", item_loader=TokensLoader(),
+             num_workers=int(sys.argv[5]), start_method="spawn")
+"""
+
+
+def measure_whole(options: argparse.Namespace, tokenizer: Path, cores: int) -> tuple[float, float]:
+    """Seconds of our whole command, and of the stock one, on the same files and cores."""
+    seconds = []
+    for stock in (False, True):
+        shutil.rmtree(options.scratch, ignore_errors=True)
+        Path(options.scratch).mkdir(parents=True)
+        target = str(Path(options.scratch) / "out")
+        ours = ["optimize_dataset.py", f"--input_dir={options.corpus}", f"--tokenizer_dir={tokenizer}",
+                f"--output_dir={target}", f"--num_workers={cores}", f"--text_column={options.text_column}"]  # fmt: skip
+        script = Path(options.scratch) / "stock.py"
+        script.write_text(STOCK_COMMAND)
+        arguments = [str(script), str(options.corpus), str(tokenizer), target, options.text_column, str(cores)]
+        environment = {**os.environ, "DATA_OPTIMIZER_CACHE_FOLDER": f"{options.scratch}/cache",
+                       "DATA_OPTIMIZER_DATA_CACHE_FOLDER": f"{options.scratch}/data"}  # fmt: skip
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, *(arguments if stock else ours)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], seconds[1]
+
+
+def text_megabytes(corpus: Path, column: str) -> float:
+    """Megabytes of text in the corpus."""
+    return sum(batch.nbytes for batch in read_batches(corpus, column, 0, 1)) / 1e6
+
+
+def make_small_corpus(folder: Path) -> tuple[Path, Path]:
+    """A corpus and a tokenizer that every installation can make: the quickstart's."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import quickstart
+
+    quickstart.CORPUS, quickstart.TOKENIZER = folder / "corpus", folder / "tokenizer"
+    quickstart.write_corpus()
+    quickstart.train_tokenizer()
+    return quickstart.CORPUS, quickstart.TOKENIZER
+
+
+def compare(options: argparse.Namespace, tokenizer: Path, cores: int, megabytes: float) -> dict[str, Any]:
+    """Median rates of every way on `cores` cores, and their ratios."""
+    rates: dict[str, list[float]] = {way: [] for way in options.ways}
+    times: dict[str, list[float]] = {way: [] for way in options.ways}
+    for _ in range(options.repeats):  # in turn, so that a busy moment hits all of them
+        for way in options.ways:
+            seconds, tokens = measure(way, options, tokenizer, cores)
+            rates[way].append(tokens / seconds / cores)
+            times[way].append(seconds)
+    median = {way: statistics.median(values) for way, values in rates.items()}
+    row: dict[str, Any] = {"tokenizer": tokenizer.name, "cores": cores, "tokens_per_second_per_core": median}
+    if "ours" in median and "stock" in median:
+        row["times_stock"] = median["ours"] / median["stock"]
+    if {"ours", "decode", "engine"} <= set(times):
+        seconds = {way: statistics.median(values) for way, values in times.items()}
+        row["ours_mb_per_second_per_core"] = megabytes / seconds["ours"] / cores
+        row["share_of_floor_1"] = seconds["decode"] / seconds["ours"]
+        row["share_of_floor_2"] = (seconds["decode"] + seconds["engine"]) / seconds["ours"]
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    rates = row["tokens_per_second_per_core"]
+    cells = [f"{row['tokenizer']:<12}", f"{row['cores']:>5}"]
+    cells += [f"{rates[way] / 1e6:>9.3f}" if way in rates else f"{'':>9}" for way in WAYS]
+    cells += [f"{row[key]:>{width}{form}}" if key in row else " " * width for key, width, form in COLUMNS]
+    print("  ".join(cells), flush=True)
+
+
+COLUMNS = (
+    ("times_stock", 9, ".1f"),
+    ("share_of_floor_2", 9, ".0%"),
+    ("share_of_floor_1", 9, ".0%"),
+    ("ours_mb_per_second_per_core", 9, ".1f"),
+)
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="folder of Parquet files")
+    parser.add_argument("--tokenizer", type=Path, nargs="+", default=[], help="tokenizer folders")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--cores", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stock_mb", type=float, default=4.0, help="text the stock recipe gets; its rate is steady")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--whole", action="store_true", help="also compare the whole commands, on all the text")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="pretrainkit-benchmark-") as folder:
+        if options.corpus is None:
+            options.corpus, small = make_small_corpus(Path(folder))
+            options.tokenizer = options.tokenizer or [small]
+        options.corpus = options.corpus.resolve()
+        options.scratch = str(Path(folder) / "scratch")
+        megabytes = text_megabytes(options.corpus, options.text_column)
+        machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+        text = f"{megabytes:.0f} MB of text in {len(shards(options.corpus))} files"
+        print(f"{machine}; {text}; medians of {options.repeats}")
+        print("million tokens per second per core; start-up left out")
+        heads = [
+            "tokenizer   ",
+            "cores",
+            *(f"{way:>9}" for way in WAYS),
+            "  x stock",
+            " /floor 2",
+            " /floor 1",
+            "MB/s/core",
+        ]
+        print("  ".join(heads))
+        rows = []
+        for tokenizer in options.tokenizer:
+            for cores in options.cores:
+                rows.append(compare(options, tokenizer.resolve(), cores, megabytes))
+                show(rows[-1])
+        if options.whole:
+            print("whole commands, start-up included, all cores, all the text")
+            for tokenizer in options.tokenizer:
+                ours, stock = measure_whole(options, tokenizer.resolve(), max(options.cores))
+                rows.append({"tokenizer": tokenizer.name, "whole_ours_s": ours, "whole_stock_s": stock})
+                print(f"{tokenizer.name:<12}  ours {ours:.1f} s  stock {stock:.1f} s  {stock / ours:.1f} times")
+        if options.json is not None:
+            options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
