@@ -172,6 +172,8 @@ def test_document_mask_equals_each_document_alone(kind, name):
     torch.testing.assert_close(together.loss, expected, rtol=2e-6, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # slow, but the same numbers
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "latent"])
 def test_flex_attention_sees_what_the_plain_mask_allows(kind, monkeypatch):

@@ -18,8 +18,8 @@ from pretrainkit.models.documents import IGNORED_TARGET
 
 # Logits of one chunk. More chunks mean less memory, and more often a pass over the head's whole gradient to add to it.
 _CHUNK_LOGITS_FUSED = 1 << 28  # bf16 logits and their gradient: 1 GiB
-_CHUNK_LOGITS_GPU = 1 << 26  # several fp32 temporaries: 1 GiB
-_CHUNK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: stays near the caches
+_CHUNK_LOGITS_GPU = 1 << 26  # a few fp32 copies: 1 GiB
+_CHUNK_LOGITS_CPU = 1 << 25  # two fp32 copies: 256 MiB; smaller chunks make matrix products too thin to be fast
 
 
 def linear_cross_entropy(
@@ -63,38 +63,52 @@ def linear_cross_entropy(
 
 
 def loss_and_logit_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, z_loss: float, softcap: float | None, gradient_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss: float,
+    softcap: float | None,
+    gradient_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Cross entropy and squared log-partition of one chunk, summed, and the loss's gradient by its logits.
 
+    The gradient comes as a matrix and a factor for each of its rows: the caller scales what the rows are multiplied
+    with, which is narrower than the rows themselves.
+
     Args:
-        logits: (positions, vocabulary), before soft capping.
+        logits: (positions, vocabulary), before soft capping; may be overwritten.
         targets: (positions,) int64.
         z_loss: Weight of the squared log-partition.
         softcap: As in `linear_cross_entropy`.
-        gradient_dtype: Type of the returned gradient.
+        gradient_dtype: Type of the returned matrix; None computes no gradient.
 
     Returns:
-        (cross entropy, squared log-partition, (positions, vocabulary) gradient of cross entropy + z_loss x square).
+        (cross entropy, squared log-partition, (positions,) row factors, (positions, vocabulary) matrix or None).
     """
     logits = logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     counted = targets != IGNORED_TARGET
     index = targets.clamp_min(0)[:, None]
-    log_partition = torch.logsumexp(logits, dim=-1)  # (positions,)
-    cross_entropy = torch.where(counted, log_partition - logits.gather(1, index)[:, 0], 0.0).sum()
-    square = torch.where(counted, log_partition.square(), 0.0).sum()
+    log_probability = torch.log_softmax(logits, dim=-1)
+    target_log_probability = log_probability.gather(1, index)
+    target_logit = logits.gather(1, index)
+    log_partition = target_logit - target_log_probability  # (positions, 1)
+    cross_entropy = -torch.where(counted, target_log_probability[:, 0], 0.0).sum()
+    square = torch.where(counted, log_partition[:, 0].square(), 0.0).sum()
 
-    # d/dlogits [lse - logit_t + z lse^2] = softmax (1 + 2 z lse) - onehot(t)
-    gradient = torch.exp(logits - log_partition[:, None])
-    gradient = gradient * (1.0 + 2.0 * z_loss * log_partition)[:, None]
-    is_target = torch.arange(logits.shape[1], device=logits.device) == index
-    gradient = torch.where(is_target, gradient - 1.0, gradient)
-    gradient = gradient * counted[:, None]
+    # The gradient of log_partition - target_logit + z log_partition^2 is
+    # (1 + 2 z log_partition) x (softmax - onehot / (1 + 2 z log_partition)).
+    widening = 1.0 + 2.0 * z_loss * log_partition
+    factors = torch.where(counted, widening[:, 0], 0.0)
+    if gradient_dtype is None:
+        return cross_entropy, square, factors, None
+    at_target = target_log_probability.exp() - 1.0 / widening
+    gradient = log_probability.exp_()
     if softcap is not None:
         gradient = gradient * (1.0 - (logits / softcap).square())
-    return cross_entropy, square, gradient.to(gradient_dtype)
+        at_target = at_target * (1.0 - (target_logit / softcap).square())
+    gradient = gradient.to(gradient_dtype)
+    return cross_entropy, square, factors, gradient.scatter_(1, index, at_target.to(gradient_dtype))
 
 
 @functools.cache
@@ -102,9 +116,13 @@ def _fused_step() -> Callable[..., Any]:
     return torch.compile(loss_and_logit_gradient, dynamic=False)
 
 
-def _accumulate(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """Add in fp32: a bf16 sum of many chunks would lose the small ones."""
-    return part if total is None else total.float().add_(part)
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`total + left @ right`, in fp32 from the second product on: a bf16 sum of many would lose the small ones."""
+    if total is None:
+        return left @ right
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    return total.float().add_(left @ right)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -120,6 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         z_loss, softcap, chunk_tokens, dtype, needs_gradient, step = options
+        gradient_dtype = dtype if needs_gradient else None
         cast_weight = weight.to(dtype)
         cast_bias = None if bias is None else bias.to(dtype)
         cross_entropy = torch.zeros((), device=hidden.device, dtype=torch.float32)
@@ -134,17 +153,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             stop = start + len(chunk)
             cast_hidden = chunk.to(dtype)
             logits = functional.linear(cast_hidden, cast_weight, cast_bias)
-            ce, sq, gradient = step(logits, targets[start:stop], z_loss, softcap, dtype)
+            ce, sq, factors, gradient = step(logits, targets[start:stop], z_loss, softcap, gradient_dtype)
             cross_entropy += ce
             square += sq
-            if grad_hidden is not None:
-                torch.mm(gradient, cast_weight, out=grad_hidden[start:stop])
-                grad_weight = _accumulate(grad_weight, gradient.t() @ cast_hidden)
+            if gradient is not None and grad_hidden is not None:
+                factors = factors[:, None].to(dtype)
+                torch.mm(gradient, cast_weight, out=grad_hidden[start:stop]).mul_(factors)
+                grad_weight = _add_product(grad_weight, gradient.t(), cast_hidden * factors)
                 if bias is not None:
-                    grad_bias = _accumulate(grad_bias, gradient.sum(0))
+                    grad_bias = _add_product(grad_bias, gradient.t(), factors)
             start = stop
 
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.gradients = (grad_hidden, grad_weight, None if grad_bias is None else grad_bias[:, 0])
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(cross_entropy, square)
         loss = cross_entropy + z_loss * square if z_loss else cross_entropy.clone()
