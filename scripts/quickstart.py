@@ -128,15 +128,17 @@ def pretrain(stop_at_step: int | None) -> None:
     """Run the training command; with `stop_at_step`, send it Ctrl+C's signal once that step is logged."""
     flags = ["--config=config_hub/quickstart.yaml", f"--dataset_path={DATA}", f"--out_dir={RUN}", "--resume=auto"]
     say(f"$ python distributed_pretrain.py {' '.join(flags)}")
-    process = subprocess.Popen([sys.executable, "distributed_pretrain.py", *flags])
-    while process.poll() is None:
-        if stop_at_step is not None and last_step() >= stop_at_step:
-            say(f"--- step {stop_at_step} reached: now what Ctrl+C does")
-            process.send_signal(signal.SIGINT)
-            stop_at_step = None
-        time.sleep(0.2)
-    expected = (0, 128 + signal.SIGINT)
-    if process.returncode not in expected:
+    with subprocess.Popen([sys.executable, "distributed_pretrain.py", *flags]) as process:
+        try:
+            while process.poll() is None:
+                if stop_at_step is not None and last_step() >= stop_at_step:
+                    say(f"--- step {stop_at_step} reached: now what Ctrl+C does")
+                    process.send_signal(signal.SIGINT)
+                    stop_at_step = None
+                time.sleep(0.2)
+        finally:
+            process.terminate()  # where this script is stopped; an ended process does not mind
+    if process.returncode not in (0, 128 + signal.SIGINT):
         sys.exit(f"training ended with exit code {process.returncode}")
 
 
@@ -177,6 +179,7 @@ def generate_from_both() -> None:
 def main() -> None:
     """Run every stage, then print what each took."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl+C goes
     shutil.rmtree(HOME, ignore_errors=True)
     with stage("corpus: the text every Python installation has -> Parquet"):
         write_corpus()
