@@ -7,12 +7,14 @@ import json
 import logging
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pretrainkit.arguments import load_yaml, parse
 from pretrainkit.errors import ConfigError, InputError, StorageError
 from pretrainkit.formats.litdata import read_chunk, read_index
 from pretrainkit.metadata import DatasetInfo
@@ -20,6 +22,8 @@ from pretrainkit.optimize import optimize_dataset
 from pretrainkit.records import load_records
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments
 from tests.conftest import BOS, EOS, make_texts, write_parquet
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(input_dir, tokenizer_dir, output_dir, **flags):
@@ -302,3 +306,10 @@ def test_a_difference_found_late_leaves_no_wrong_data_behind(wrong_engine, token
     assert {record.engine for record in load_records(folder)} == {"tokenizers"}
     # And the same command again finds it finished.
     assert run(tmp_path / "in", tokenizer_dir, tmp_path / "out", engine="auto", unit_bytes=1).engine == "tokenizers"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config_hub/data").glob("optimize*.yaml")), ids=lambda path: path.name)
+def test_every_example_configuration_is_understood(path):
+    keywords = parse(optimize_dataset, [f"--config={path}", "--tokenizer_dir=T", "--output_dir=O"])
+    assert keywords["output_dir"] == "O"
+    assert set(load_yaml(path)) <= set(keywords)
