@@ -21,7 +21,7 @@ from pretrainkit.executors import EXECUTORS, Executor
 from pretrainkit.inputs import Inputs, find_inputs
 from pretrainkit.job import Optimization, OptimizeSummary, plan_on_disk, refuse_other_plan
 from pretrainkit.metadata import Boundary
-from pretrainkit.plan import Plan, PlanSettings, make_plan
+from pretrainkit.plan import PLAN_FILENAME, Plan, PlanSettings, make_plan
 from pretrainkit.sampling import sample_texts
 from pretrainkit.signals import interruptible
 from pretrainkit.storage import folder_lock, is_remote
@@ -165,7 +165,7 @@ def _refuse_other_data(output_dir: str) -> None:
         raise StorageError(f"output_dir={output_dir} is a file; give a folder")
     # Hidden names are ours: the lock, and what a driver that was killed while it wrote its plan left behind.
     names = sorted(entry.name for entry in os.scandir(output_dir) if not entry.name.startswith("."))
-    if names:
+    if names and PLAN_FILENAME not in names:  # a plan by now: another rank was faster, and the plans are compared next
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise StorageError(f"output_dir={output_dir} already holds other data ({shown}); give an empty or new folder")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.chaos.cases import Chaos
-from tests.chaos.processes import become_reaper
+from tests.chaos.processes import become_reaper, die_with_parent
 
 
 def run_cases(seeds: Iterable[int], *, keep: bool) -> tuple[Counter[str], int]:
@@ -46,6 +46,7 @@ def fork_job(seeds: Iterable[int], *, keep: bool) -> int:
     reading, writing = os.pipe()
     if os.fork() == 0:
         code = 1
+        die_with_parent()
         try:
             result = run_cases(seeds, keep=keep)
             with open(writing, "wb") as pipe:
