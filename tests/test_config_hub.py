@@ -16,6 +16,7 @@ from litgpt import Config
 from pretrainkit import models
 from pretrainkit.arguments import parse
 from pretrainkit.config import PretrainConfig
+from pretrainkit.merge import merge_datasets
 from pretrainkit.train import pretrain
 from pretrainkit.train.arithmetic import accumulation_steps, plan_run
 
@@ -128,6 +129,12 @@ def test_every_key_is_explained_with_its_true_default(path):
         if match[3].strip():
             value = yaml.safe_load(re.search(r"Default: (.*)\.$", comment)[1])
             assert same(value, default_of([name for _, name in section])), f"{path.name}:{number + 1} {comment}"
+
+
+def test_merge_example_is_parsed():
+    written = yaml.safe_load((HUB / "data/merge.yaml").read_text())
+    parsed = parse(merge_datasets, ["--config", str(HUB / "data/merge.yaml")])
+    assert {key: str(parsed[key]) for key in written} == {key: str(value) for key, value in written.items()}
 
 
 def leaves(tree, prefix=()):
