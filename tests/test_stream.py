@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import fsspec
 import numpy as np
@@ -305,6 +306,8 @@ def test_map_style_items_tell_documents_apart(tmp_path):
     assert mask.shape == (8, 8)
     assert mask[4].tolist() == [False, False, False, True, True, False, False, False]
     assert not mask.triu(1).any()
+    copy = pickle.loads(pickle.dumps(data))  # as a DataLoader's workers get it
+    assert copy[1]["document_ids"].tolist() == data[1]["document_ids"].tolist()
     with pytest.raises(IndexError, match="block 2 of a dataset of 2 blocks"):
         data[2]
     with pytest.raises(DatasetError, match=r"no metadata.json to say how documents are told apart"):

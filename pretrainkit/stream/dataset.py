@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +38,13 @@ class PretrainDataset:
 
     def __len__(self) -> int:
         return self.source.num_blocks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes of a DataLoader open the dataset anew: open files and locks do not travel.
+        return functools.partial(PretrainDataset, boundary=self.boundary), (
+            self.source.folder,
+            self.source.block_tokens - 1,
+        )
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One block.
