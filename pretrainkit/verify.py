@@ -39,27 +39,8 @@ def verify_chunk(path: Path, record: ChunkRecord, dtype: str, vocab_size: int, l
     Raises:
         DatasetError: The file is missing, a link, or does not fit its record or the vocabulary.
     """
-    import numpy as np
-
-    if record.max_token_id >= vocab_size:
-        raise DatasetError(
-            f"{path} holds the id {record.max_token_id}, beyond the vocabulary of {vocab_size:,}; it is damaged or was "
-            "made with another tokenizer"
-        )
-    itemsize = np.dtype(dtype).itemsize
-    header = _read_header(path, record)
-    begin = header_bytes(record.items)
-    table = np.frombuffer(header, dtype="<u4")
-    fits = (
-        len(header) == begin
-        and table[0] == record.items
-        and table[1] == begin
-        and table[-1] == record.bytes == begin + record.tokens * itemsize
-        and bool((table[2:] >= table[1:-1]).all())
-        and not bool(((table[1:] - table[1]) % itemsize).any())
-    )
-    if not fits:
-        raise DatasetError(f"{path} has an offsets table that does not fit its record; it is damaged, make it again")
+    check_vocabulary(record, vocab_size, str(path))
+    check_table(_read_header(path, record), record, dtype, str(path))
     if level == "full":
         if checksum(path) != record.checksum:
             raise DatasetError(f"{path} has another checksum than its record; it is damaged, make it again")
@@ -69,6 +50,42 @@ def verify_chunk(path: Path, record: ChunkRecord, dtype: str, vocab_size: int, l
             raise DatasetError(
                 f"{path} has {largest} as its largest id, its record {record.max_token_id}; make it again"
             )
+
+
+def check_vocabulary(record: ChunkRecord, vocab_size: int, source: str) -> None:
+    """Refuse a chunk that holds an id the tokenizer cannot give.
+
+    Raises:
+        DatasetError: Names `source` and the id.
+    """
+    if record.max_token_id >= vocab_size:
+        raise DatasetError(
+            f"{source} holds the id {record.max_token_id}, beyond the vocabulary of {vocab_size:,}; it is damaged or "
+            "was made with another tokenizer"
+        )
+
+
+def check_table(header: bytes, record: ChunkRecord, dtype: str, source: str) -> None:
+    """Check a chunk's first bytes, up to the first token, against its record.
+
+    Raises:
+        DatasetError: They tell of other items or of another size; names `source`.
+    """
+    import numpy as np
+
+    itemsize = np.dtype(dtype).itemsize
+    begin = header_bytes(record.items)
+    table = np.frombuffer(header[: len(header) // 4 * 4], dtype="<u4")
+    fits = (
+        len(header) == begin
+        and table[0] == record.items
+        and table[1] == begin
+        and table[-1] == record.bytes == begin + record.tokens * itemsize
+        and bool((table[2:] >= table[1:-1]).all())
+        and not bool(((table[1:] - table[1]) % itemsize).any())
+    )
+    if not fits:
+        raise DatasetError(f"{source} has an offsets table that does not fit its record; it is damaged, make it again")
 
 
 def _read_header(path: Path, record: ChunkRecord) -> bytes:

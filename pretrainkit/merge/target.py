@@ -21,9 +21,9 @@ from pretrainkit.storage import fsync_folder, storage_errors, write_atomic
 from pretrainkit.verify import CHECKSUMS_FILENAME, read_checksums, write_checksums
 
 # Holds the fingerprint of the merge that is under way.
-_MARK = ".merging"
+MARK = ".merging"
 _LOCK = ".lock"
-_OURS = {_MARK, _LOCK, TOKENIZER_FOLDER, INDEX_FILENAME, METADATA_FILENAME, CHECKSUMS_FILENAME}
+OURS = {MARK, _LOCK, TOKENIZER_FOLDER, INDEX_FILENAME, METADATA_FILENAME, CHECKSUMS_FILENAME}
 
 
 def is_finished(target_dir: Path, fingerprint: str) -> bool:
@@ -40,23 +40,23 @@ def is_finished(target_dir: Path, fingerprint: str) -> bool:
         names = sorted(p.name for p in target_dir.iterdir() if p.name != _LOCK and not is_temporary(p.name))
     if not names:
         return False
-    theirs, chunks = _fingerprint_of(target_dir)
+    theirs, chunks = fingerprint_of(target_dir)
     if theirs is None:
         raise StorageError(f"target_dir={target_dir} holds other data ({names[0]}); give a new or empty folder")
     if theirs != fingerprint:
         raise StorageError(
             f"target_dir={target_dir} holds another merge, of other sources; give a new or empty folder, or remove it"
         )
-    if _MARK in names or INDEX_FILENAME not in names or METADATA_FILENAME not in names:
+    if MARK in names or INDEX_FILENAME not in names or METADATA_FILENAME not in names:
         return False
     paths = [(target_dir / chunk.filename, chunk.bytes) for chunk in chunks]
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
-def _fingerprint_of(target_dir: Path) -> tuple[str | None, list[ChunkRecord]]:
+def fingerprint_of(target_dir: Path) -> tuple[str | None, list[ChunkRecord]]:
     """The fingerprint a folder carries, from its mark or its checksums, or None."""
-    if (target_dir / _MARK).is_file():
-        return (target_dir / _MARK).read_text(encoding="utf-8").strip(), []
+    if (target_dir / MARK).is_file():
+        return (target_dir / MARK).read_text(encoding="utf-8").strip(), []
     if (target_dir / CHECKSUMS_FILENAME).is_file():
         return read_checksums(target_dir)
     return None, []
@@ -73,13 +73,13 @@ def claim(target_dir: Path, fingerprint: str, filenames: Iterable[str]) -> None:
     Raises:
         StorageError: A file lies there that is no part of this merge.
     """
-    ours = _OURS | set(filenames)
+    ours = OURS | set(filenames)
     for path in sorted(target_dir.iterdir()):
         if path.name not in ours and not is_temporary(path.name):
             raise StorageError(
                 f"target_dir={target_dir} holds {path.name}, which is no part of this merge; move it away"
             )
-    write_atomic(target_dir / _MARK, fingerprint + "\n")
+    write_atomic(target_dir / MARK, fingerprint + "\n")
     (target_dir / INDEX_FILENAME).unlink(missing_ok=True)
 
 
@@ -128,7 +128,7 @@ def publish(
     """
     write_checksums(target_dir, fingerprint, chunks)  # from here on, the folder is known by them
     write_atomic(target_dir / METADATA_FILENAME, info.to_json())
-    (target_dir / _MARK).unlink()
+    (target_dir / MARK).unlink()
     for path in [*target_dir.iterdir(), *(target_dir / TOKENIZER_FOLDER).iterdir()]:
         if is_temporary(path.name):
             path.unlink()

@@ -67,6 +67,11 @@ def find_intact(chunk: SourceChunk, moved_to: Path | None, info: DatasetInfo, le
     raise problem
 
 
+def renamed(record: ChunkRecord, filename: str) -> ChunkRecord:
+    """A chunk's record under the chunk's name in the merged dataset."""
+    return dataclasses.replace(record, filename=filename)
+
+
 def place_whole(source: Path, target: Path, record: ChunkRecord, mode: MergeMode) -> Placed:
     """Bring one source chunk into the target as it is; does nothing when it is there.
 
@@ -80,7 +85,7 @@ def place_whole(source: Path, target: Path, record: ChunkRecord, mode: MergeMode
         StorageError: The file system cannot do what `mode` asks for, or the disk is full.
         DatasetError: The bytes changed under our hands.
     """
-    placed = dataclasses.replace(record, filename=target.name)
+    placed = renamed(record, target.name)
     try:
         if mode in ("auto", "link"):  # the common case first: one system call and done
             os.link(source, target, follow_symlinks=False)
