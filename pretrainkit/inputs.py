@@ -86,13 +86,14 @@ def _shards(root: str, flag: str) -> list[ListedFile]:
 def hub_folder(name: str, config: str, split: str) -> str:
     """URL of the folder that holds a hub dataset's split as Parquet.
 
-    The hub keeps a Parquet copy of every dataset, whatever its own format, on the branch `refs/convert/parquet`, which
-    its URLs call `~parquet`: CONFIG/SPLIT/0000.parquet and so on.
+    The hub keeps a Parquet copy of every dataset, whatever its own format, on the branch `refs/convert/parquet`:
+    CONFIG/SPLIT/0000.parquet and so on. Of some large datasets it keeps only the beginning, named partial-SPLIT; that is
+    refused, not taken for the whole.
 
     Raises:
         InputError: No such dataset, configuration or split; names those there are.
     """
-    base = f"hf://datasets/{name}@~parquet"
+    base = f"hf://datasets/{name}@refs/convert/parquet"
     fs, inner = filesystem(base)
     try:
         configs = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(inner, detail=False))
@@ -105,6 +106,11 @@ def hub_folder(name: str, config: str, split: str) -> str:
             raise InputError(f"{name} has no configuration {config!r}; it has {', '.join(configs)} (--hf_config)")
         config = configs[0]
     splits = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(f"{inner}/{config}", detail=False))
+    if f"partial-{split}" in splits:
+        raise InputError(
+            f"the hub's Parquet copy of {name} holds only the beginning of {split!r}; give the dataset's own files by "
+            f"--input_dir=hf://datasets/{name}/..."
+        )
     if split not in splits:
         raise InputError(f"{name} has no split {split!r}; it has {', '.join(splits)} (--split)")
     return f"{base}/{config}/{split}"

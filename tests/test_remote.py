@@ -123,8 +123,13 @@ def test_a_hub_dataset_is_its_parquet_copy(monkeypatch):
     for split in ("train", "test"):
         fs.pipe(f"/hub/only-config/{split}/0000.parquet", b"")
     monkeypatch.setattr(inputs, "filesystem", lambda url: (fs, "/hub"))
-    assert inputs.hub_folder("me/it", "default", "train") == "hf://datasets/me/it@~parquet/only-config/train"
+    assert inputs.hub_folder("me/it", "default", "train") == (
+        "hf://datasets/me/it@refs/convert/parquet/only-config/train"
+    )
     with pytest.raises(InputError, match="has no split 'validation'; it has test, train"):
         inputs.hub_folder("me/it", "only-config", "validation")
+    fs.pipe("/hub/only-config/partial-large/0000.parquet", b"")
+    with pytest.raises(InputError, match="holds only the beginning of 'large'"):
+        inputs.hub_folder("me/it", "only-config", "large")
     with pytest.raises(InputError, match="has no configuration 'en'; it has only-config"):
         inputs.hub_folder("me/it", "en", "train")
