@@ -87,8 +87,8 @@ def hub_folder(name: str, config: str, split: str) -> str:
     """URL of the folder that holds a hub dataset's split as Parquet.
 
     The hub keeps a Parquet copy of every dataset, whatever its own format, on the branch `refs/convert/parquet`:
-    CONFIG/SPLIT/0000.parquet and so on. Of some large datasets it keeps only the beginning, named partial-SPLIT; that is
-    refused, not taken for the whole.
+    CONFIG/SPLIT/0000.parquet and so on. Of some large datasets it keeps only the beginning, named partial-SPLIT; that
+    is refused, not taken for the whole.
 
     Raises:
         InputError: No such dataset, configuration or split; names those there are.
