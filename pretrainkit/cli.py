@@ -97,6 +97,8 @@ def run_cli(
         if debug:
             raise
         sys.exit(_complain(error))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
     except KeyboardInterrupt:
         if debug:
             raise
