@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import LaunchError, PretrainKitError
+from pretrainkit.errors import Interrupted, LaunchError, PretrainKitError
 from pretrainkit.launchers import run_entry
 from pretrainkit.launchers.slurm import variables
 from pretrainkit.topology import Topology
@@ -77,34 +77,49 @@ def num_processes(config: PretrainConfig) -> int:
 
 def _attend(workers: list[tuple[Any, Connection]]) -> None:
     """Wait for all workers, pass signals on, and raise the first failure."""
+    received: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        for worker, _receive in workers:
-            if worker.is_alive():
-                os.kill(worker.pid, number)
+        received.append(number)
+        _send(workers, number)
 
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON} if in_main else {}
-    failure: BaseException | None = None
     try:
-        waiting = {worker.sentinel: (worker, receive) for worker, receive in workers}
-        while waiting:
-            for sentinel in wait(list(waiting), timeout=None if failure is None else _GRACE_S) or list(waiting):
-                worker, receive = waiting.pop(sentinel)
-                if worker.is_alive():  # the grace is over
-                    worker.kill()
-                worker.join()
-                failure = failure or _failure(worker, receive)
-                if failure is not None and not isinstance(failure, PretrainKitError):
-                    pass_on(signal.SIGTERM, None)
+        failure = _first_failure(workers)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received and (failure is None or isinstance(failure, LaunchError)):  # before the workers listened
+        raise Interrupted(f"stopped by {signal.Signals(received[0]).name} before training began", received[0])
     if failure is not None:
         raise failure
 
 
-def _failure(worker: Any, receive: Connection) -> BaseException | None:
+def _send(workers: list[tuple[Any, Connection]], number: int) -> None:
+    for worker, _ in workers:
+        if worker.is_alive():
+            os.kill(worker.pid, number)
+
+
+def _first_failure(workers: list[tuple[Any, Connection]]) -> PretrainKitError | None:
+    """Wait until all have ended; after the first failure the others get some time to end by themselves."""
+    failure: PretrainKitError | None = None
+    waiting = {worker.sentinel: (worker, receive) for worker, receive in workers}
+    while waiting:
+        ended = wait(list(waiting), timeout=None if failure is None else _GRACE_S)
+        for sentinel in ended or list(waiting):
+            worker, receive = waiting.pop(sentinel)
+            if worker.is_alive():  # the time is over
+                worker.kill()
+            worker.join()
+            failure = failure or _failure(worker, receive)
+        if isinstance(failure, LaunchError):  # one died; the others wait for it
+            _send(workers, signal.SIGTERM)
+    return failure
+
+
+def _failure(worker: Any, receive: Connection) -> PretrainKitError | None:
     """What a finished worker has to say: None, its error, or how it died."""
     if receive.poll():
         try:

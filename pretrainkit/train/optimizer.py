@@ -173,7 +173,7 @@ def own_part(whole: torch.Tensor, like: Any) -> torch.Tensor:
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """Nearest matrix with orthogonal rows or columns, approximately, by Newton-Schulz iterations in bf16."""
-    x = matrix.to(torch.bfloat16)
+    x: torch.Tensor = matrix.to(torch.bfloat16)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
@@ -181,4 +181,5 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(_MATMUL_STEPS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    result: torch.Tensor = x.T if tall else x
+    return result

@@ -8,6 +8,7 @@ different.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import time
@@ -56,17 +57,15 @@ def train_process(config: PretrainConfig) -> None:
     begun = time.monotonic()
     topology = detect(os.environ)
     facts = look_at(config, topology.world_size)
-    signals = SignalWatch()
-    with signals.watching():
-        fabric = start_fabric(config, topology)
-        try:
-            _train(config, facts, fabric, signals, begun)
-        finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+    fabric = start_fabric(config, topology)
+    try:
+        _train(config, facts, fabric, begun)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
-def _train(config: PretrainConfig, facts: Facts, fabric: Any, signals: SignalWatch, begun: float) -> None:
+def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> None:
     group = cpu_group()
     rank, world_size = fabric.global_rank, fabric.world_size
     start = together(functools.partial(_starting_point, config, group, rank, world_size), group)
@@ -114,16 +113,24 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, signals: SignalWat
         snapshot=snapshots.take,
         restore=snapshots.restore,
         metrics=metrics,
-        signals=signals,
+        signals=SignalWatch(),
         ballot=Ballot(cpu_group()),
         watchdog=watchdog,
         group=group,
         deadline=None if config.train.max_time is None else begun + config.train.max_time,
     )
     watchdog.start()
+    # Until here a signal ends the process at once: there is nothing to save, and ranks that wait for one another while
+    # they start would wait for a rank that is gone.
+    fabric.barrier()
+    # What is alive now stays alive: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     try:
-        fit(run)
+        with run.signals.watching():
+            fit(run)
     finally:
+        gc.unfreeze()
         watchdog.stop()
         run.checkpoints.wait()
         metrics.close()

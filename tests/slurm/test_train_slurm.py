@@ -27,7 +27,7 @@ def test_srun_trains_on_two_nodes(slurm, tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, str(ROOT / "distributed_pretrain.py"), f"--config={tmp_path / 'run.yaml'}"]
-    result = slurm.run("srun", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", *command)
+    result = slurm.run("srun", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", *command, timeout_s=300)
     assert result.returncode == 0, result.stderr
     parsed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["world_size"] for row in parsed if row["event"] == "start"] == [2]

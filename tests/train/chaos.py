@@ -197,7 +197,9 @@ def disturb(
         number = signal.SIGTERM if generator.random() < TERM_SHARE else signal.SIGKILL
         stop(children, number)
         codes = wait_for(children, END_OF_RUN_S)
-        assert codes is not None, f"did not end on signal {number}; see {log}"
+        if codes is None:
+            stop(children, signal.SIGKILL)
+            raise AssertionError(f"did not end on signal {number}; see {log}")
         # A process may have finished, or not have begun to listen, when SIGTERM came.
         assert set(codes) <= {-number, 0, 143 if number == signal.SIGTERM else -number}, f"{codes}; see {log}"
 
