@@ -156,7 +156,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_a_code_to_requeue_on(se
     assert not (arguments["out_dir"] / "final").exists()
 
 
-@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("document_mask", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stopping_and_going_on_gives_the_same_bits(settings, rows, monkeypatch, tmp_path, document_mask):
     data = DataConfig(document_mask=document_mask, num_workers=0 if document_mask else 1)
     whole = settings(data=data, out_dir=tmp_path / "whole")
@@ -235,6 +235,7 @@ def test_resuming_nothing_and_resuming_another_model_are_refused(settings):
         pretrain(**other)
 
 
+@pytest.mark.slow
 def test_only_the_last_checkpoints_and_every_nth_are_kept(settings):
     from pretrainkit.config import CheckpointConfig
 
@@ -245,6 +246,7 @@ def test_only_the_last_checkpoints_and_every_nth_are_kept(settings):
     assert names == ["step-00000004", "step-00000008", "step-00000010", "step-00000011"]
 
 
+@pytest.mark.slow
 def test_max_time_leaves_room_for_the_save_and_the_run_can_go_on(settings, rows):
     arguments = settings(train={"max_steps": 100_000, "max_time": 3.0, "log_interval": 50, "save_interval": None})
     pretrain(**arguments)
@@ -301,6 +303,7 @@ def test_nothing_but_bad_steps_ends_the_run_with_one_line(settings, monkeypatch)
         pretrain(**settings(guard=GuardConfig(max_skips=3)))
 
 
+@pytest.mark.slow
 def test_muon_trains_and_resumes(settings, rows, monkeypatch, tmp_path):
     muon = OptimizerConfig(class_path="Muon", init_args=OptimizerArgs(lr=1e-2))
     pretrain(**settings(optimizer=muon, out_dir=tmp_path / "whole"))
@@ -313,6 +316,7 @@ def test_muon_trains_and_resumes(settings, rows, monkeypatch, tmp_path):
     assert rows(tmp_path / "whole")[-1]["loss"] == rows(tmp_path / "parts")[-1]["loss"] < 3.8
 
 
+@pytest.mark.slow
 def test_wsd_decays_from_a_stable_checkpoint_over_unseen_data(settings, rows, tmp_path):
     stable = settings(schedule=ScheduleConfig(name="constant"), train={"max_steps": 4}, out_dir=tmp_path / "stable")
     pretrain(**stable)
@@ -325,6 +329,7 @@ def test_wsd_decays_from_a_stable_checkpoint_over_unseen_data(settings, rows, tm
     assert (state["step"], state["data_step"], state["samples"]) == (4, 8, 128)
 
 
+@pytest.mark.slow
 def test_initial_weights_come_from_a_checkpoint_or_a_litgpt_file(settings, rows, tmp_path):
     pretrain(**settings(out_dir=tmp_path / "first"))
     last = rows(tmp_path / "first")[-1]["loss"]
@@ -342,6 +347,7 @@ def test_initial_weights_come_from_a_checkpoint_or_a_litgpt_file(settings, rows,
         pretrain(**settings(initial_checkpoint_dir=folder, out_dir=tmp_path / "refused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["attention", "mlp", "block"])
 def test_checkpointing_activations_changes_no_bit(settings, rows, tmp_path, what):
     from pretrainkit.config import ComputeConfig
@@ -352,6 +358,7 @@ def test_checkpointing_activations_changes_no_bit(settings, rows, tmp_path, what
     assert [r["grad_norm"] for r in rows(tmp_path / "plain")] == [r["grad_norm"] for r in rows(tmp_path / what)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bf16_trains(settings, rows, precision):
     arguments = settings(precision=precision, train={"tie_embeddings": True, "max_steps": 8})
