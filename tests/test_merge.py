@@ -519,6 +519,12 @@ def test_folder_without_metadata_is_known_by_its_plan(source, tmp_path):
     assert all_tokens(tmp_path / "t") == stream_of(make_units(6))
 
 
+def test_node_that_died_before_its_first_unit_is_passed_over(source, tmp_path):
+    (source / "a-node" / "units").mkdir(parents=True)
+    merge_datasets(source, tmp_path / "t")
+    assert all_tokens(tmp_path / "t") == stream_of(make_units(6))
+
+
 def test_folders_without_any_metadata_are_named(source):
     for path in source.glob("*/metadata.json"):
         path.unlink()

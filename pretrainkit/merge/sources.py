@@ -83,6 +83,9 @@ def load_sources(source_dir: Path) -> Sources:
     """
     folders = find_node_folders(source_dir)
     loaded = [(folder, load_records(folder)) for folder in folders]
+    # A node that died before its first unit was whole left empty folders: they hold nothing, so nothing is missing.
+    loaded = [(f, records) for f, records in loaded if records or _is_described(f)] or loaded
+    folders = [folder for folder, _ in loaded]
     infos = _load_infos(loaded)
     for folder, info in zip(folders[1:], infos[1:], strict=True):
         _check_same(folder, info, folders[0], infos[0])
@@ -115,6 +118,10 @@ def load_sources(source_dir: Path) -> Sources:
         records=tuple(copies[key][0][1] for key in keys),
         chunks=tuple(chunks),
     )
+
+
+def _is_described(folder: Path) -> bool:
+    return (folder / METADATA_FILENAME).exists() or (folder / INDEX_FILENAME).exists()
 
 
 def _load_infos(loaded: list[tuple[Path, list[UnitRecord]]]) -> list[DatasetInfo]:
