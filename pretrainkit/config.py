@@ -249,7 +249,7 @@ class CheckpointConfig:
 class ComputeConfig:
     """How the devices are used; none of it changes what is computed beyond rounding."""
 
-    compile: Literal["auto", "true", "false"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
     """Compile each transformer block; auto: on GPUs only."""
     activation_checkpointing: Checkpointing = "none"
     """Parts whose activations are computed again in the backward pass instead of kept."""

@@ -82,5 +82,5 @@ def new_model(config: PretrainConfig, facts: Facts, device: torch.device) -> tor
             max_seq_length=config.train.max_seq_length,
             tie_embeddings=config.train.tie_embeddings,
             document_boundary=boundary,
-            compile_loss=device.type == "cuda" and config.compute.compile != "false",
+            compile_loss=device.type == "cuda" and config.compute.compile is not False,
         )

@@ -131,7 +131,7 @@ def set_up_model(fabric: Any, model: nn.Module, config: PretrainConfig) -> nn.Mo
 
 def uses_compile(compute: ComputeConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as configured, on GPUs by default."""
-    return compute.compile == "true" or (compute.compile == "auto" and device.type == "cuda")
+    return device.type == "cuda" if compute.compile == "auto" else compute.compile
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:

@@ -73,7 +73,10 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         if rank == 0:
             logger.info("this run is finished: %s", config.out_dir / checkpoints.FINAL_FOLDER)
         return
-    validation = together(lambda: open_validation(config, facts.block_size, rank=rank, world_size=world_size), group)
+    validates = config.eval.interval or config.eval.initial_validation or config.eval.final_validation
+    validation = together(
+        lambda: open_validation(config, facts.block_size, rank=rank, world_size=world_size) if validates else {}, group
+    )
     model = new_model(config, facts, fabric.device)
     wrapped = set_up_model(fabric, model, config)
     optimizers = build_optimizer(model, config.optimizer)
@@ -84,7 +87,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         snapshots.resume(start, speak=rank == 0)
     else:
         load_initial(config, model, snapshots, state, group)
-    side_files = SideFiles(config, facts.model_config, facts.sources[0].folder)
+    side_files = SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0)
     if rank == 0:
         settings = config_to_dict(config)
         write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
@@ -209,5 +212,5 @@ def _introduce(config: PretrainConfig, facts: Facts, fabric: Any, validation: di
     )  # fmt: skip
     for note in plan.notes:
         logger.warning("%s", note)
-    if not validation and (config.eval.interval or config.eval.final_validation):
+    if not validation and config.eval.final_validation:
         logger.warning("there is no validation data in %s/val; training goes without", next(iter(config.sources)))

@@ -29,10 +29,15 @@ class SideFiles:
         ConfigError: `tokenizer_dir` is given and holds no files.
     """
 
-    def __init__(self, config: PretrainConfig, model_config: Any, dataset_folder: str) -> None:
+    def __init__(self, config: PretrainConfig, model_config: Any, dataset_folder: str, *, speak: bool) -> None:
         # Source: litgpt/utils.py save_config.
         self._model_config = yaml.dump(dataclasses.asdict(model_config))
         self._files = _tokenizer_files(config.tokenizer_dir, dataset_folder)
+        if speak and not self._files:
+            logger.warning(
+                "%s has no %s folder: checkpoints will have no tokenizer; add --tokenizer_dir",
+                dataset_folder, TOKENIZER_FOLDER,
+            )  # fmt: skip
 
     def write(self, folder: Path) -> None:
         """Put them into a checkpoint folder."""
@@ -56,6 +61,4 @@ def _tokenizer_files(tokenizer_dir: Path | None, dataset_folder: str) -> dict[st
         files = {file.path.rpartition("/")[2]: read_bytes(file.path) for file in list_files(folder, ("",))}
     if not files and tokenizer_dir is not None:
         raise ConfigError(f"tokenizer_dir={tokenizer_dir} holds no files; give a folder with tokenizer.json")
-    if not files:
-        logger.warning("%s is not there: checkpoints will have no tokenizer; add --tokenizer_dir", folder)
     return files

@@ -401,8 +401,9 @@ def test_a_dataset_that_does_not_fit_is_refused(settings):
         pretrain(**small)
     with pytest.raises(DatasetError, match="holds no dataset"):
         pretrain(**settings(dataset_path="nowhere"))
+    batch = {"micro_batch_size": 128, "global_batch_size": 128}
     with pytest.raises(DatasetError, match="fewer than micro_batch_size"):
-        pretrain(**settings(train={"micro_batch_size": 128, "global_batch_size": 128}))
+        pretrain(**settings(train=batch, eval={"final_validation": True}))
 
 
 def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch, caplog):
