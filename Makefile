@@ -54,7 +54,7 @@ bench: env ## Every benchmark at a size for this machine; prints tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 chaos: env ## A thousand kills; the result belongs into docs/reliability.md
-	$(BIN)/python -m tests.chaos --cases 1000
+	$(BIN)/python -m tests.chaos --cases 1000 --jobs $$(nproc)
 
 clean: ## Remove what the commands above made, the environment excepted
 	rm -rf build dist quickstart *.egg-info .mypy_cache .ruff_cache .pytest_cache

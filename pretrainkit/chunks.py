@@ -66,10 +66,14 @@ class ChunkWriter:
         self._lengths.append(lengths)
         self._num_tokens += len(tokens)
         while self._num_tokens > self._limit:
-            self._write_full()
+            self._write_full(self._limit)
 
     def finish(self) -> SplitCounts:
         """Write what is left and return the counts."""
+        whole = self._num_tokens // self._block_size * self._block_size if self._block_size is not None else 0
+        if 0 < whole < self._num_tokens:
+            # What fills no block gets a chunk of its own: merge joins these small rests and links all the others.
+            self._write_full(whole)
         if self._num_tokens:
             tokens, lengths = self._take_all()
             self._write(tokens, np.cumsum(lengths), ends_inside=False)
@@ -86,17 +90,16 @@ class ChunkWriter:
         self._tokens, self._lengths, self._num_tokens = [], [], 0
         return tokens, lengths
 
-    def _write_full(self) -> None:
-        """Write one full chunk and keep the rest."""
+    def _write_full(self, cut: int) -> None:
+        """Write one chunk of `cut` tokens, or of the whole documents in them, and keep the rest."""
         tokens, lengths = self._take_all()
         ends = np.cumsum(lengths)
         if self._block_size is None:
             # As many whole documents as fit; one that is larger than a chunk gets a chunk of its own.
-            items = max(1, int(np.searchsorted(ends, self._limit, side="right")))
+            items = max(1, int(np.searchsorted(ends, cut, side="right")))
             cut, rest = int(ends[items - 1]), lengths[items:]
             item_ends, ends_inside = ends[:items], False
         else:
-            cut = self._limit
             items = int(np.searchsorted(ends, cut, side="left"))
             item_ends = np.append(ends[:items], cut)
             rest = lengths[items:].copy()
