@@ -159,7 +159,7 @@ def _litgpt(case: Case, data: Path, out: Path, *, eager: bool) -> list[tuple[int
     from litgpt.data import LitData
     from litgpt.pretrain import setup
 
-    sys.argv = sys.argv[:1]  # it parses the command line again when it saves its settings
+    sys.argv = [sys.argv[0], case.model_name]  # it parses the command line again when it saves its settings
     if eager:
         torch.compile = lambda model, **_: model  # type: ignore[assignment]
     stamps: list[tuple[int, float]] = []
