@@ -12,7 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pretrainkit.errors import DatasetError
 from pretrainkit.registry import did_you_mean
@@ -89,6 +89,22 @@ class DatasetInfo:
     format_version: int = FORMAT_VERSION
     """Version of this file's layout."""
 
+    def __post_init__(self) -> None:
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
+        numbers |= {"vocab_size": self.tokenizer.vocab_size, "block_size": self.block_size or 0}
+        numbers |= {f"dropped.{name}": count for name, count in self.dropped.items()}
+        for name, value in numbers.items():
+            if type(value) is not int or value < 0:
+                raise DatasetError(f"{name} is {value!r}, not a count; the dataset's description is damaged")
+        for name, value, known in (
+            ("token_dtype", self.token_dtype, get_args(TokenDtype)),
+            ("boundary", self.boundary, get_args(Boundary)),
+        ):
+            if value not in known:
+                raise DatasetError(f"{name} is {value!r}, not one of {', '.join(known)}; the description is damaged")
+        if not all(isinstance(plan, str) for plan in self.plans):
+            raise DatasetError(f"plans is {self.plans!r}, not a list of hashes; the dataset's description is damaged")
+
     def to_json(self) -> str:
         """This record as JSON text with sorted keys, ending in a newline."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -138,4 +154,9 @@ def _build(cls: type, values: dict[str, Any], source: str) -> Any:
     missing = sorted(required - set(values))
     if missing:
         raise DatasetError(f"{source} lacks the key {missing[0]!r}; the dataset is damaged, make it again")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except DatasetError as error:
+        raise DatasetError(f"{source}: {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise DatasetError(f"{source} holds values of other types ({error}); it is damaged, make it again") from error

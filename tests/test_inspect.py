@@ -172,5 +172,16 @@ def test_metadata_comes_back_from_its_json():
     assert DatasetInfo.from_json(info.to_json()) == info
     with pytest.raises(DatasetError, match="unknown key 'documens'"):
         DatasetInfo.from_json(info.to_json().replace('"documents"', '"documens"'))
+    for wrong, message in {
+        '"documents": "3"': "documents is '3', not a count",
+        '"documents": -1': "documents is -1, not a count",
+        '"documents": true': "documents is True, not a count",
+    }.items():
+        with pytest.raises(DatasetError, match=message):
+            DatasetInfo.from_json(info.to_json().replace('"documents": 0', wrong))
+    with pytest.raises(DatasetError, match="token_dtype is 'float64'"):
+        DatasetInfo.from_json(info.to_json().replace('"int32"', '"float64"'))
+    with pytest.raises(DatasetError, match="values of other types"):
+        DatasetInfo.from_json(info.to_json().replace('"dropped": {\n    "empty": 1\n  }', '"dropped": 7'))
     with pytest.raises(DatasetError, match="format_version 9"):
         DatasetInfo.from_json(dataclasses.replace(info, format_version=9).to_json())

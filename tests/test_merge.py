@@ -497,6 +497,7 @@ def test_chunk_that_is_a_pipe_is_refused(source):
         (lambda raw: raw.update(unit=-1), "impossible number"),
         (lambda raw: raw.update(unit=6), "impossible number"),
         (lambda raw: raw.update(documents_in="5"), "impossible number"),
+        (lambda raw: raw["splits"]["train"].update(text_bytes="9"), "impossible number"),
         (lambda raw: raw["chunks"][0].update(tokens=0), "has tokens 0"),
         (lambda raw: raw["chunks"][0].update(bytes=1.5), r"has bytes 1\.5"),
         (lambda raw: raw["chunks"][0].update(items=9), "9 items for 2 documents"),

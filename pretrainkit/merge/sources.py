@@ -179,6 +179,8 @@ def _check_index(folder: Path, info: DatasetInfo, records: list[UnitRecord]) -> 
 def _check_record(folder: Path, info: DatasetInfo, record: UnitRecord) -> None:
     where = f"{folder}: unit {record.unit}"
     numbers = [record.unit, record.units_planned, record.documents_in, *record.dropped.values()]
+    for kept in record.splits.values():
+        numbers += [kept.documents, kept.tokens, kept.text_bytes, *kept.document_lengths.values()]
     if any(type(number) is not int or number < 0 for number in numbers) or record.unit >= record.units_planned:
         raise DatasetError(f"{where} has an impossible number in its record; it is damaged, make it again")
     if record.split != info.split or any(chunk.split != info.split for chunk in record.chunks):
