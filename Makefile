@@ -53,8 +53,9 @@ wheel: env ## Build the wheel, install it in a clean environment, run it from el
 bench: env ## Every benchmark at a size for this machine; prints tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-chaos: env ## A thousand kills; the result belongs into docs/reliability.md
-	$(BIN)/python -m tests.chaos --cases 1000 --jobs $$(nproc)
+chaos: env ## A thousand kills of optimize and merge, five hundred of training; the result belongs into docs/reliability.md
+	$(BIN)/python -m tests.chaos --cases 1000
+	$(BIN)/python tests/train/chaos.py --cases 500
 
 clean: ## Remove what the commands above made, the environment excepted
-	rm -rf build dist quickstart *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist quickstart my *.egg-info .mypy_cache .ruff_cache .pytest_cache
