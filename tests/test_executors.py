@@ -96,7 +96,9 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize(
+    "num_workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_any_number_of_workers_makes_the_same_bytes(input_dir, tokenizer_dir, tmp_path, expected, num_workers):
     optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=num_workers, **FLAGS)
     assert digests(tmp_path / "out") == expected
@@ -160,6 +162,7 @@ def test_a_signal_ends_everything_and_says_how_to_go_on(input_dir, tokenizer_dir
     assert not any(alive(pid) for pid in workers)
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_its_worker_three_times_is_named(input_dir, tokenizer_dir, tmp_path, monkeypatch):
     # Workers are started anew each time; this one dies of a module that ends the process on the second unit.
     (tmp_path / "sitecustomize.py").write_text(
