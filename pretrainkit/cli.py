@@ -107,5 +107,6 @@ def run_cli(
 
 
 def _complain(error: PretrainKitError) -> int:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    prefix = "" if isinstance(error, Interrupted) else "error: "  # a stop that was asked for is no error
+    sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
     return error.exit_code

@@ -32,16 +32,16 @@ CORPUS_BYTES = 8_000_000
 VOCAB_SIZE = 4096
 STOP_AT_STEP = 60
 PROMPT = "The class statement defines"
+# Public function -> how it is called by hand, and the command's name.
 SCRIPTS = {
-    "optimize_dataset": "optimize_dataset.py",
-    "merge_datasets": "merge_files.py",
-    "inspect_dataset": "-m pretrainkit inspect",
-    "consolidate_checkpoint": "scripts/consolidate_checkpoint.py",
-    "convert_pretrained_checkpoint": "scripts/convert_pretrained_checkpoint.py",
-    "export_hf": "scripts/export_hf.py",
-    "write_report": "-m pretrainkit report",
+    "optimize_dataset": ("optimize_dataset.py", "optimize"),
+    "merge_datasets": ("merge_files.py", "merge"),
+    "inspect_dataset": ("-m pretrainkit inspect", "inspect"),
+    "consolidate_checkpoint": ("scripts/consolidate_checkpoint.py", "consolidate"),
+    "convert_pretrained_checkpoint": ("scripts/convert_pretrained_checkpoint.py", "convert"),
+    "export_hf": ("scripts/export_hf.py", "export-hf"),
+    "write_report": ("-m pretrainkit report", "report"),
 }
-PLACES = ("dataset_dir", "checkpoint_dir", "run_dirs")  # given by place
 stage_seconds: dict[str, float] = {}
 
 
@@ -63,10 +63,14 @@ def stage(title: str) -> Iterator[None]:
 def call(name: str, **arguments: Any) -> Any:
     """Call a public function in this process, after printing the command that does the same."""
     import pretrainkit
+    from pretrainkit.cli import POSITIONAL
 
-    flags = [f"--{key}={value}" for key, value in arguments.items() if key not in PLACES]
-    places = [str(arguments[key]) for key in PLACES if key in arguments]
-    say(f"$ python {SCRIPTS[name]} {shlex.join(places + flags)}")
+    script, command = SCRIPTS[name]
+    words: list[str] = []
+    for key, value in arguments.items():
+        values = value if isinstance(value, list) else [value]
+        words += [str(v) if key in POSITIONAL.get(command, ()) else f"--{key}={v}" for v in values]
+    say(f"$ python {script} {shlex.join(words)}")
     return getattr(pretrainkit, name)(**arguments)
 
 

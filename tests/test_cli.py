@@ -155,7 +155,7 @@ def test_exit_codes_and_messages(capsys):
         """Fail."""
         raise {"user": ConfigError("a\n  b"), "signal": Interrupted("stopped", 15)}[kind]
 
-    for kind, code, line in [("user", 2, "error: a b\n"), ("signal", 143, "error: stopped\n")]:
+    for kind, code, line in [("user", 2, "error: a b\n"), ("signal", 143, "stopped\n")]:
         with pytest.raises(SystemExit) as caught:
             run_cli(fails, ["--kind", kind])
         assert (caught.value.code, capsys.readouterr().err) == (code, line)

@@ -157,7 +157,7 @@ def test_a_signal_ends_everything_and_says_how_to_go_on(input_dir, tokenizer_dir
     _, log = driver.communicate(timeout=10)
     assert time.monotonic() - start < 5
     assert driver.returncode == 128 + number
-    assert f"error: stopped by {number.name}; what is finished in" in log
+    assert f"stopped by {number.name}; what is finished in" in log
     assert "run the same command again to go on" in log
     assert not any(alive(pid) for pid in workers)
 
