@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 
 from pretrainkit.config import PretrainConfig
@@ -22,9 +23,17 @@ def launch(entry: str, config: PretrainConfig) -> None:
     """Run in this process, after translating the environment.
 
     Raises:
-        LaunchError: Slurm's variables are incomplete.
+        LaunchError: Slurm's variables are incomplete, or its nodes' names lead nowhere.
     """
-    os.environ.update(torchrun_variables(os.environ))
+    translated = torchrun_variables(os.environ)
+    address = translated["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:  # PyTorch would go on trying for many minutes without a word
+        raise LaunchError(
+            f"the first node's name {address!r} leads to no address ({error}); set MASTER_ADDR"
+        ) from error
+    os.environ.update(translated)
     run_entry(entry, config)
 
 
