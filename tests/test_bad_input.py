@@ -177,6 +177,7 @@ def test_a_file_without_rows_is_fine_beside_others_and_refused_alone(tmp_path, t
     assert run(tmp_path, tokenizer_dir).documents == {"train": 1}
 
 
+@pytest.mark.slow
 def test_a_large_document_passes_whole(tmp_path, tokenizer_dir):
     texts = ["small", "word and word " * 100_000, "small too"]
     write_parquet(tmp_path / "in/a.parquet", texts)

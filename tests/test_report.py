@@ -92,6 +92,7 @@ def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_in_the_table_and_in_their_configurations(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:

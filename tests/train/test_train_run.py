@@ -199,6 +199,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(settings, rows, mon
     assert_equal_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(settings, rows, caplog):
     arguments = settings(train={"max_steps": 4}, schedule=ScheduleConfig(name="constant"), resume="auto")
     pretrain(**arguments)
@@ -218,6 +219,7 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(settings, rows, ca
     assert (arguments["out_dir"] / "final-00000004" / MANIFEST_FILENAME).is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_not_overwritten(settings):
     arguments = settings(train={"max_steps": 1})
     pretrain(**arguments)
@@ -283,6 +285,7 @@ def test_a_bad_step_is_skipped_and_training_goes_on(settings, rows, monkeypatch,
     assert train[-1]["loss"] < 3.5
 
 
+@pytest.mark.slow
 def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data(settings, rows, monkeypatch):
     poison(monkeypatch, range(5, 8))
     arguments = settings(guard=GuardConfig(max_skips=3))
@@ -368,6 +371,7 @@ def test_bf16_trains(settings, rows, precision):
     assert stored == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
 
 
+@pytest.mark.slow
 def test_samples_and_csv(settings, rows, caplog):
     arguments = settings(
         eval={"final_validation": True, "prompts": ["The quick"], "max_new_tokens": 4}, logger_name="csv"
@@ -381,6 +385,7 @@ def test_samples_and_csv(settings, rows, caplog):
     assert any(line.startswith("12,loss,") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_mixture_counts_the_tokens_of_each_source(settings, rows, dataset):
     twin = dataset.parent / "twin"
     if not twin.exists():
@@ -406,6 +411,7 @@ def test_a_dataset_that_does_not_fit_is_refused(settings):
         pretrain(**settings(train=batch, eval={"final_validation": True}))
 
 
+@pytest.mark.slow
 def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch, caplog):
     whole = checkpoint.write_manifest
 
