@@ -176,7 +176,8 @@ def _set_range(axis: Any, panel: Panel, shown: list[float]) -> None:
         axis.set_ylim(bottom=0, top=max(shown, default=0.0) * 1.08 or 1.0)
         return
     ordered = sorted(shown)
-    usual = ordered[int(0.98 * (len(ordered) - 1))] if ordered else 0.0
+    # The 98th percentile, rounded up: among fewer than 50 values none is a spike.
+    usual = ordered[math.ceil(0.98 * (len(ordered) - 1))] if ordered else 0.0
     low = ordered[0] if ordered else 0.0
     if ordered and ordered[-1] - low > 3 * (usual - low) > 0:  # a spike would press everything else flat
         axis.set_ylim(low - 0.05 * (usual - low), usual + 0.5 * (usual - low))
