@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,3 +84,28 @@ def parquet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_parquet(folder / "a.parquet", make_texts(100, seed=2))
     write_parquet(folder / "nested" / "c.parquet", make_texts(200, seed=3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """The file system of an S3 server on this machine with an empty bucket named `bucket`.
+
+    One for the whole run: s3fs keeps its connections for the life of a process, whatever the environment says later.
+    """
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        file_system = fsspec.filesystem("s3", use_listings_cache=False)
+        file_system.mkdir("bucket")
+        yield file_system
+    server.stop()

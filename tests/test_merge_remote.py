@@ -7,13 +7,12 @@ import pytest
 from pretrainkit import merge_datasets
 from pretrainkit.errors import DatasetError, StorageError
 from tests.test_merge import SPREADS, contents, make_units, write_nodes
-from tests.test_remote import monkeypatch_module, s3  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def home(s3, tmp_path_factory):  # noqa: F811
+def home(s3, tmp_path_factory):
     """A local source, its upload to s3://bucket/nodes/train, and its local merge."""
     folder = tmp_path_factory.mktemp("merge-remote")
     # Blocks of 4 and chunks small enough that some are linked as they lie and some joined.
@@ -30,12 +29,12 @@ def stored(fs, prefix):
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
-def test_between_two_places_of_a_store(home, s3, level):  # noqa: F811
+def test_between_two_places_of_a_store(home, s3, level):
     merge_datasets("s3://bucket/nodes/train", f"s3://bucket/{level}/train", verify=level)
     assert stored(s3, f"bucket/{level}/train") == contents(home / "t")
 
 
-def test_from_local_folders_to_a_store_and_again(home, s3, caplog):  # noqa: F811
+def test_from_local_folders_to_a_store_and_again(home, s3, caplog):
     info = merge_datasets(home / "s", "s3://bucket/up/train")
     assert stored(s3, "bucket/up/train") == contents(home / "t")
     caplog.set_level("INFO")
@@ -43,14 +42,14 @@ def test_from_local_folders_to_a_store_and_again(home, s3, caplog):  # noqa: F81
     assert "is complete already" in caplog.text
 
 
-def test_from_a_store_to_a_local_folder(home, s3, tmp_path):  # noqa: F811
+def test_from_a_store_to_a_local_folder(home, s3, tmp_path):
     info = merge_datasets("s3://bucket/nodes/train", tmp_path / "down")
     assert contents(tmp_path / "down") == contents(home / "t")
     assert merge_datasets("s3://bucket/nodes/train", tmp_path / "down") == info
     assert [path.name for path in tmp_path.iterdir()] == ["down"]
 
 
-def test_an_interrupted_merge_into_a_store_goes_on(home, s3, monkeypatch):  # noqa: F811
+def test_an_interrupted_merge_into_a_store_goes_on(home, s3, monkeypatch):
     copy, calls = s3.cp_file, []
 
     def dying(source, target):
@@ -68,7 +67,7 @@ def test_an_interrupted_merge_into_a_store_goes_on(home, s3, monkeypatch):  # no
     assert stored(s3, "bucket/cut/train") == contents(home / "t")
 
 
-def test_what_is_wrong_in_a_store_is_named(home, s3):  # noqa: F811
+def test_what_is_wrong_in_a_store_is_named(home, s3):
     with pytest.raises(DatasetError, match="holds nothing"):
         merge_datasets("s3://bucket/nothing", "s3://bucket/x")
     with pytest.raises(StorageError, match="mode=link"):

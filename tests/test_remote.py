@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import fsspec
 import pytest
 
@@ -16,35 +14,6 @@ from tests.test_executors import digests
 from tests.test_optimize import all_bytes
 
 FLAGS = {"num_workers": 0, "engine": "tokenizers", "unit_bytes": 40_000, "val_fraction": 0.1}
-
-
-@pytest.fixture(scope="module")
-def s3(monkeypatch_module):
-    """A bucket on a server of our own; yields its file system."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch_module.setenv(name, value)
-    fs = fsspec.filesystem("s3", use_listings_cache=False)
-    fs.mkdir("bucket")
-    yield fs
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.mark.slow
