@@ -46,19 +46,25 @@ def commands(language: str) -> list[str]:
 
 def parsed(line: str) -> dict[str, object] | None:
     """What a line's command would be called with; None when it is not one of ours."""
-    words = shlex.split(line.partition(" #")[0])
-    words = words[next((i + 1 for i, word in enumerate(words) if word == "python"), len(words)) :]
-    words = [word for word in words if word != "..."]
+    words = [word for word in shlex.split(line.partition(" #")[0]) if word != "..."]
+    words = words[next((i for i, word in enumerate(words) if word in SCRIPTS or word == "-m"), len(words)) :]
     if not words:
         return None
-    name, arguments = (words[2], words[3:]) if words[:2] == ["-m", "pretrainkit"] else (SCRIPTS[words[0]], words[1:])
+    name, arguments = (words[2], words[3:]) if words[0] == "-m" else (SCRIPTS[words[0]], words[1:])
     return parse(COMMANDS.get(name), arguments, positional=POSITIONAL.get(name, ()))
 
 
-@pytest.mark.parametrize("line", [*commands("sh"), *commands("bash"), *DESIGNED.split("\n")[1:-1]])
+def is_ours(line: str) -> bool:
+    """Whether a line is a command of this project's, not of pip, litgpt or lm_eval."""
+    return any(script in line for script in (*SCRIPTS, "-m pretrainkit")) or line.startswith("make ")
+
+
+@pytest.mark.parametrize("line", filter(is_ours, [*commands("sh"), *commands("bash"), *DESIGNED.splitlines()]))
 def test_every_flag_exists(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if "..." in line:
+    if line.startswith("make "):
+        assert f"\n{line.split()[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    elif "..." in line:
         with pytest.raises(ConfigError, match="is missing"):
             parsed(line)
     else:
