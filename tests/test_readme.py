@@ -59,7 +59,7 @@ def is_ours(line: str) -> bool:
     return any(script in line for script in (*SCRIPTS, "-m pretrainkit")) or line.startswith("make ")
 
 
-@pytest.mark.parametrize("line", filter(is_ours, [*commands("sh"), *commands("bash"), *DESIGNED.splitlines()]))
+@pytest.mark.parametrize("line", list(filter(is_ours, [*commands("sh"), *commands("bash"), *DESIGNED.splitlines()])))
 def test_every_flag_exists(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     if line.startswith("make "):
