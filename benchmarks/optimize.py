@@ -63,7 +63,8 @@ def read_batches(corpus: Path, column: str, share: int, shares: int) -> Iterator
 def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any) -> tuple[float, int]:
     """(seconds, tokens) of our units."""
     from pretrainkit.plan import Plan
-    from pretrainkit.unit import Job, UnitRunner
+    from pretrainkit.unit import UnitRunner
+    from pretrainkit.work import Job
 
     output_dir = Path(options.scratch) / "ours"
     plan = Plan.from_json((output_dir / "plan.json").read_text())

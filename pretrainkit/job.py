@@ -26,7 +26,7 @@ from pretrainkit.records import Failure, UnitRecord, add_counts
 from pretrainkit.storage import is_remote, join, read_bytes, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.unit import Job, UnitResult
+from pretrainkit.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from pretrainkit.storage import (
     write_atomic,
 )
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.unit import STAGE_PREFIX
+from pretrainkit.work import STAGE_PREFIX
 
 
 def node_folders(output_dir: str, split: str) -> list[str]:

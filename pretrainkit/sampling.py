@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from pretrainkit.documents import DocumentBatch, read_range
 from pretrainkit.plan import Plan
 from pretrainkit.progress import in_words
@@ -82,7 +80,7 @@ def estimate(plan: Plan, roots: dict[str, str], tokenizer_dir: Path, num_workers
     work_s = max(plan.text_bytes / cpus, largest) * (seconds / text_bytes if text_bytes else 0.0)
     rows_known = [shard.rows for shard in plan.shards if shard.rows is not None]
     unknown = "" if len(rows_known) == len(plan.shards) else " and those of the JSON Lines files"
-    width = np.dtype(plan.token_dtype).itemsize
+    width = {"uint16": 2, "int32": 4}[plan.token_dtype]
     return [
         f"files: {len(plan.shards):,}, {sum(shard.size for shard in plan.shards):,} bytes",
         f"rows: {sum(rows_known):,}{unknown}",

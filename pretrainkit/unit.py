@@ -23,7 +23,7 @@ import numpy as np
 
 from pretrainkit.boundaries import Boundaries, TokenArray
 from pretrainkit.chunks import ChunkWriter
-from pretrainkit.documents import DocumentBatch, OnBadInput, read_range, unusable
+from pretrainkit.documents import DocumentBatch, read_range, unusable
 from pretrainkit.errors import DatasetError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
 from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
@@ -38,48 +38,11 @@ from pretrainkit.tokenizers.auto import (
 )
 from pretrainkit.tokenizers.folder import special_ids
 from pretrainkit.tokenizers.gigatoken import string_buffers
-
-STAGE_PREFIX = ".stage-"
+from pretrainkit.work import STAGE_PREFIX, Job, UnitResult
 
 _MAX_FAILURES_RECORDED = 1000
 # One document of each 4 MiB batch, of at most this size, is encoded by the reference too: some 1 % of the time.
 _CHECKED_DOCUMENT_BYTES = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a worker needs to know; everything else stands in the plan."""
-
-    output_dir: str
-    """Folder or URL that holds plan.json."""
-    plan_id: str
-    """Which plan is meant."""
-    train_root: str
-    """Folder or URL the training shards' names are relative to."""
-    val_root: str
-    """The same for explicit validation shards."""
-    tokenizer_dir: str
-    """Local tokenizer folder."""
-    on_bad_input: OnBadInput = "fail"
-    """"fail": a unit with bad input is not committed; "skip": it is, and counts what it left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitResult:
-    """What became of a unit, small enough to travel."""
-
-    unit: int
-    """Number of the unit."""
-    text_bytes: int = 0
-    """Bytes of text encoded."""
-    tokens: int = 0
-    """Tokens written, markers included."""
-    committed: bool = True
-    """Whether its record stands."""
-    failures: tuple[Failure, ...] = ()
-    """Where bad input stood."""
-    disproved: str | None = None
-    """The document on which the fast engine was found wrong, or None; such a unit is not committed."""
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ LAYERS = [
     ["arguments", "metadata", "records", "statistics"],
     ["verify", "formats"],
     ["documents", "tokenizers", "models", "launchers", "plan"],
-    ["boundaries", "chunks", "inputs", "progress", "sampling"],
+    ["boundaries", "chunks", "inputs", "progress", "sampling", "work"],
     ["unit"],
     ["executors", "nodes"],
     ["job"],

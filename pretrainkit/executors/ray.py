@@ -18,7 +18,8 @@ from typing import Any
 
 from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError
 from pretrainkit.executors import MAX_DEATHS_PER_UNIT
-from pretrainkit.unit import Job, UnitResult, UnitRunner
+from pretrainkit.unit import UnitRunner
+from pretrainkit.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ name inside a document is text, never its id.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pretrainkit.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
 
 AUTO = "auto"
 
