@@ -32,7 +32,7 @@ from pretrainkit.storage import (
     write_atomic,
 )
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.work import STAGE_PREFIX
+from pretrainkit.work import STAGE_PREFIX, process_mark
 
 
 def node_folders(output_dir: str, split: str) -> list[str]:
@@ -170,8 +170,8 @@ def sweep_stages(output_dir: str, nodes: Iterable[str] | None = None) -> None:
         if nodes is not None and node not in nodes:
             continue
         for stage in (base / node).glob(f"{prefix}*"):
-            pid = stage.name.removeprefix(prefix).split("-")[0]
-            if not Path(f"/proc/{pid}").exists():
+            pid, _, rest = stage.name.removeprefix(prefix).partition("-")
+            if pid.isdigit() and process_mark(int(pid)) != f"{pid}-{rest.partition('-')[0]}":
                 shutil.rmtree(stage, ignore_errors=True)
 
 

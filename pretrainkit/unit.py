@@ -38,7 +38,7 @@ from pretrainkit.tokenizers.auto import (
 )
 from pretrainkit.tokenizers.folder import special_ids
 from pretrainkit.tokenizers.gigatoken import string_buffers
-from pretrainkit.work import STAGE_PREFIX, Job, UnitResult
+from pretrainkit.work import STAGE_PREFIX, Job, UnitResult, process_mark
 
 _MAX_FAILURES_RECORDED = 1000
 # One document of each 4 MiB batch, of at most this size, is encoded by the reference too: some 1 % of the time.
@@ -246,9 +246,9 @@ class UnitRunner:
             with tempfile.TemporaryDirectory(prefix="pretrainkit-") as folder:
                 yield Path(folder)
             return
-        name = f"{STAGE_PREFIX}{socket.gethostname()}-{os.getpid()}-{index}"
+        name = f"{STAGE_PREFIX}{socket.gethostname()}-{process_mark(os.getpid())}-{index}"
         stage = Path(self._job.output_dir) / "train" / self._node / name
-        shutil.rmtree(stage, ignore_errors=True)  # a leftover of a dead process that had our number
+        shutil.rmtree(stage, ignore_errors=True)  # of an attempt of ours that was interrupted
         stage.mkdir(parents=True)
         try:
             yield stage
