@@ -63,8 +63,8 @@ def read_batches(corpus: Path, column: str, share: int, shares: int) -> Iterator
 def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any) -> tuple[float, int]:
     """(seconds, tokens) of our units."""
     from pretrainkit.plan import Plan
-    from pretrainkit.unit import UnitRunner
-    from pretrainkit.work import Job
+    from pretrainkit.units.runner import UnitRunner
+    from pretrainkit.units.work import Job
 
     output_dir = Path(options.scratch) / "ours"
     plan = Plan.from_json((output_dir / "plan.json").read_text())
@@ -196,7 +196,7 @@ def write_plan(options: argparse.Namespace, tokenizer: Path) -> None:
     """What `optimize_dataset` does before the first unit."""
     import dataclasses
 
-    from pretrainkit.inputs import find_inputs
+    from pretrainkit.optimize.inputs import find_inputs
     from pretrainkit.plan import PlanSettings, make_plan
     from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer
 

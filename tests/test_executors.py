@@ -14,9 +14,9 @@ import pytest
 
 from pretrainkit.errors import LaunchError
 from pretrainkit.executors.local import LocalExecutor
-from pretrainkit.nodes import finished_units
 from pretrainkit.optimize import optimize_dataset
 from pretrainkit.plan import PLAN_FILENAME, Plan
+from pretrainkit.units.nodes import finished_units
 from tests.conftest import make_texts, write_parquet
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ def test_a_unit_that_kills_its_worker_three_times_is_named(input_dir, tokenizer_
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'pretrainkit.executors.worker' in ' '.join(sys.orig_argv):\n"
-        "    import pretrainkit.unit as unit\n"
+        "    import pretrainkit.units.runner as unit\n"
         "    encode = unit.UnitRunner._encode\n"
         "    unit.UnitRunner._encode = lambda self, index: os._exit(9) if index == 1 else encode(self, index)\n"
     )

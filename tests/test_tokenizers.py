@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pretrainkit.boundaries import Boundaries
 from pretrainkit.errors import ConfigError, TokenizerError
 from pretrainkit.metadata import TokenizerInfo
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments
@@ -17,6 +16,7 @@ from pretrainkit.tokenizers.auto import check_equal, load_engine, reference_engi
 from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer, special_ids
 from pretrainkit.tokenizers.gigatoken import string_buffers
 from pretrainkit.tokenizers.torture import torture_texts
+from pretrainkit.units.boundaries import Boundaries
 from tests.conftest import BOS, EOS, SENTENCES, make_texts
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pretrainkit.registry import Registry
-from pretrainkit.work import Job, UnitResult
+from pretrainkit.units.work import Job, UnitResult
 
 EXECUTORS = Registry(
     "executor",

@@ -19,8 +19,8 @@ from typing import Any
 from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError
 from pretrainkit.executors import MAX_DEATHS_PER_UNIT
 from pretrainkit.topology import granted_cpus, node_name
-from pretrainkit.unit import UnitRunner
-from pretrainkit.work import Job, UnitResult
+from pretrainkit.units.runner import UnitRunner
+from pretrainkit.units.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
 

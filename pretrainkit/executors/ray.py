@@ -18,8 +18,8 @@ from typing import Any
 
 from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError
 from pretrainkit.executors import MAX_DEATHS_PER_UNIT
-from pretrainkit.unit import UnitRunner
-from pretrainkit.work import Job, UnitResult
+from pretrainkit.units.runner import UnitRunner
+from pretrainkit.units.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class _Tasks:
 
     def _adopt(self, on_result: Callable[[UnitResult], None]) -> None:
         """Take units whose records stand though their task is silent: its node may be cut off from the cluster."""
-        from pretrainkit.nodes import finished_units
+        from pretrainkit.units.nodes import finished_units
 
         overdue = {unit for unit, start in self._in_flight.values() if time.monotonic() - start > self._patience()}
         if not overdue & self._unfinished:

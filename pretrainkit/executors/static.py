@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from pretrainkit.executors.local import LocalExecutor
 from pretrainkit.topology import detect, granted_cpus, node_name
-from pretrainkit.work import Job, UnitResult
+from pretrainkit.units.work import Job, UnitResult
 
 
 class StaticExecutor:

@@ -17,7 +17,7 @@ import threading
 from multiprocessing.connection import Connection
 
 from pretrainkit.errors import PretrainKitError
-from pretrainkit.unit import UnitRunner
+from pretrainkit.units.runner import UnitRunner
 
 
 def main(descriptor: int) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import ConfigError, StorageError
 from pretrainkit.executors import EXECUTORS, Executor
-from pretrainkit.inputs import Inputs, find_inputs
-from pretrainkit.job import Optimization, OptimizeSummary, plan_on_disk, refuse_other_plan
 from pretrainkit.metadata import Boundary
+from pretrainkit.optimize.inputs import Inputs, find_inputs
+from pretrainkit.optimize.job import Optimization, OptimizeSummary, plan_on_disk, refuse_other_plan
+from pretrainkit.optimize.sampling import sample_texts
 from pretrainkit.plan import PLAN_FILENAME, Plan, PlanSettings, make_plan
-from pretrainkit.sampling import sample_texts
 from pretrainkit.signals import interruptible
 from pretrainkit.storage import folder_lock, is_remote
 from pretrainkit.tokenizers import AUTO, ENGINES
@@ -173,7 +173,7 @@ def _refuse_other_data(output_dir: str) -> None:
 def _say_estimate(
     plan: Plan, inputs: Inputs, tokenizer_dir: Path, output_dir: str, num_workers: int | None
 ) -> OptimizeSummary:
-    from pretrainkit.sampling import estimate
+    from pretrainkit.optimize.sampling import estimate
 
     for line in estimate(plan, inputs.roots, tokenizer_dir, num_workers):
         logger.info("%s", line)

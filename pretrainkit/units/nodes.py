@@ -32,7 +32,7 @@ from pretrainkit.storage import (
     write_atomic,
 )
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.work import STAGE_PREFIX, process_mark
+from pretrainkit.units.work import STAGE_PREFIX, process_mark
 
 
 def node_folders(output_dir: str, split: str) -> list[str]:

@@ -18,15 +18,15 @@ from pathlib import Path
 from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import DatasetError, InputError, StorageError
 from pretrainkit.executors import Executor
-from pretrainkit.inputs import Inputs
-from pretrainkit.nodes import discard_records, finish_node, finished_units, node_folders, sweep_stages
+from pretrainkit.optimize.inputs import Inputs
 from pretrainkit.plan import PLAN_FILENAME, Plan, differences
 from pretrainkit.progress import Progress, in_words
 from pretrainkit.records import Failure, UnitRecord, add_counts
 from pretrainkit.storage import is_remote, join, read_bytes, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.work import Job, UnitResult
+from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep_stages
+from pretrainkit.units.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from pretrainkit.boundaries import Boundaries, TokenArray
-from pretrainkit.chunks import ChunkWriter
 from pretrainkit.documents import DocumentBatch, read_range, unusable
 from pretrainkit.errors import DatasetError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
@@ -38,7 +36,9 @@ from pretrainkit.tokenizers.auto import (
 )
 from pretrainkit.tokenizers.folder import special_ids
 from pretrainkit.tokenizers.gigatoken import string_buffers
-from pretrainkit.work import STAGE_PREFIX, Job, UnitResult, process_mark
+from pretrainkit.units.boundaries import Boundaries, TokenArray
+from pretrainkit.units.chunks import ChunkWriter
+from pretrainkit.units.work import STAGE_PREFIX, Job, UnitResult, process_mark
 
 _MAX_FAILURES_RECORDED = 1000
 # One document of each 4 MiB batch, of at most this size, is encoded by the reference too: some 1 % of the time.
