@@ -5,9 +5,9 @@ from __future__ import annotations
 import fsspec
 import pytest
 
-from pretrainkit import inputs, storage
+from pretrainkit import storage
 from pretrainkit.errors import InputError, StorageError
-from pretrainkit.optimize import optimize_dataset
+from pretrainkit.optimize import inputs, optimize_dataset
 from pretrainkit.storage import RetryingFile, list_files
 from tests.conftest import make_texts, write_parquet
 from tests.test_executors import digests
