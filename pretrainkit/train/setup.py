@@ -7,11 +7,14 @@ different.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 import yaml
 
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import CheckpointError
+from pretrainkit.errors import CheckpointError, Interrupted
 from pretrainkit.models import flops_per_token, num_parameters
 from pretrainkit.storage import write_atomic
 from pretrainkit.stream import BlockLoader
@@ -46,6 +49,8 @@ from pretrainkit.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 CONFIG_FILENAME = "config.yaml"
+# A scheduler signals one process after the other: the first may be gone before the last one has heard.
+_SIGNAL_GRACE_S = 2.0
 
 
 def train_process(config: PretrainConfig) -> None:
@@ -123,20 +128,35 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         deadline=None if config.train.max_time is None else begun + config.train.max_time,
     )
     watchdog.start()
-    # Until here a signal ends the process at once: there is nothing to save, and ranks that wait for one another while
-    # they start would wait for a rank that is gone.
-    fabric.barrier()
     # What is alive now stays alive: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
     try:
-        with run.signals.watching():
+        # Until here a signal ends the process at once: there is nothing to save. From the barrier on every rank listens.
+        with run.signals.watching(), _stop_without_the_others(run):
+            fabric.barrier()
             fit(run)
     finally:
         gc.unfreeze()
         watchdog.stop()
         run.checkpoints.wait()
         metrics.close()
+
+
+@contextlib.contextmanager
+def _stop_without_the_others(run: Run) -> Iterator[None]:
+    """A rank that a signal ended while it started takes the others' collectives with it: they were asked to stop too."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL have no type of their own for a rank that is gone
+        if not run.signals.arrives_within(_SIGNAL_GRACE_S):
+            raise
+        name, reason = signal.Signals(run.signals.received).name, str(error).splitlines()[0]
+        raise Interrupted(
+            f"stopped by {name} when another rank was gone already ({reason}); go on from the last checkpoint with "
+            "--resume=auto",
+            run.signals.received,
+        ) from error
 
 
 def _starting_point(config: PretrainConfig, group: Any, rank: int, world_size: int) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -17,20 +18,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrainkit.launchers import PASSED_ON, stop_asked
+
 NOTHING, TIME_IS_UP = 0, 1  # below every signal we watch but SIGHUP, which we do not
-_WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class SignalWatch:
     """The first watched signal is remembered; a second Ctrl+C interrupts at once."""
 
     def __init__(self) -> None:
-        self.received = NOTHING
+        self._received = NOTHING
+
+    @property
+    def received(self) -> int:
+        """Number of the first signal, or NOTHING."""
+        return self._received or stop_asked()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self._received == signal.SIGINT:
             signal.default_int_handler(number, frame)
-        self.received = self.received or number
+        self._received = self._received or number
+
+    def arrives_within(self, seconds: float) -> bool:
+        """Wait for a signal, at most that long; whether there is one."""
+        until = time.monotonic() + seconds
+        while not self.received and time.monotonic() < until:
+            time.sleep(0.05)
+        return bool(self.received)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[SignalWatch]:
@@ -38,7 +52,7 @@ class SignalWatch:
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers; Ray runs training in another one
             return
-        before = {number: signal.signal(number, self._remember) for number in _WATCHED}
+        before = {number: signal.signal(number, self._remember) for number in PASSED_ON}
         try:
             yield self
         finally:
