@@ -132,7 +132,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     gc.collect()
     gc.freeze()
     try:
-        # Until here a signal ends the process at once: there is nothing to save. From the barrier on every rank listens.
+        # Until here a signal ends the process at once: there is nothing to save. From the barrier on all ranks listen.
         with run.signals.watching(), _stop_without_the_others(run):
             fabric.barrier()
             fit(run)
@@ -145,7 +145,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
 
 @contextlib.contextmanager
 def _stop_without_the_others(run: Run) -> Iterator[None]:
-    """A rank that a signal ended while it started takes the others' collectives with it: they were asked to stop too."""
+    """A rank that a signal ended while it started breaks the collectives of the others, who were asked to stop too."""
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have no type of their own for a rank that is gone
