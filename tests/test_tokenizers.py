@@ -124,7 +124,7 @@ def test_the_cache_of_gigatoken_is_bounded(tokenizer_dir, monkeypatch):
     texts = pa.array(make_texts(50))
     first, backend = engine.encode(texts), engine._backend
     monkeypatch.setattr(gigatoken, "_RELOAD_AFTER_TEXT_BYTES", 1)
-    monkeypatch.setattr(gigatoken, "_RELOAD_ABOVE_RESIDENT_BYTES", 1)
+    monkeypatch.setattr(gigatoken, "_RELOAD_AFTER_GROWTH_BYTES", -(1 << 40))
     assert engine.encode(texts).ids.tolist() == first.ids.tolist()
     assert engine._backend is not backend
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import resource
 from pathlib import Path
@@ -13,9 +15,14 @@ from pretrainkit.errors import TokenizerError
 from pretrainkit.tokenizers import EncodedDocuments
 from pretrainkit.tokenizers.folder import parse_tokenizer_json, tokenizer_file
 
-# A worker has 1 GB in all, and the cache doubles when it grows. Real text fills it slowly, random words within 100 MB;
-# the second bound is there because reloading more often would cost more than it gives.
-_RELOAD_ABOVE_RESIDENT_BYTES = 448 << 20
+# The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the old and
+# the new table side by side for a moment, and longer words apart. A worker has 1 GB in all, so a table of 2^23 entries
+# (268 MB, while it grows 403 MB) must be the last. Real text comes there after gigabytes, random words after 25 MB.
+# Source: gigatoken's src/bpe/pretoken_cache.rs, and resident memory measured on random words.
+_LARGEST_TABLE_GROWTH_BYTES = 100 << 20
+# What else grows (long words, the batches and chunks of this process) has this much room since the engine was loaded.
+_RELOAD_AFTER_GROWTH_BYTES = 448 << 20
+# Loading takes half a second: not more often than this.
 _RELOAD_AFTER_TEXT_BYTES = 64 << 20
 
 
@@ -25,20 +32,33 @@ class GigatokenEngine:
     name = "gigatoken"
 
     def __init__(self, tokenizer_dir: Path) -> None:
-        self._kind, self._path = tokenizer_file(tokenizer_dir)
+        kind, self._path = tokenizer_file(tokenizer_dir)
+        try:
+            self._definition = _definition(self._path) if kind == "json" else _converted_definition(self._path)
+        except ImportError as error:
+            raise TokenizerError(f"gigatoken cannot be imported ({error}); use engine=tokenizers") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._unsupported(error) from error
         self._load()
 
     def _load(self) -> None:
-        kind, path = self._kind, self._path
-        self._bytes_since_load = 0
         self._backend: Any = None  # lets go of the old cache before the new tokenizer takes memory
         try:
-            self._backend = _load_json(path) if kind == "json" else _load_sentencepiece(path)
+            from gigatoken.gigatoken_rs import load_hf_json
+
+            self._backend = load_hf_json(self._definition)
         except ImportError as error:
             raise TokenizerError(f"gigatoken cannot be imported ({error}); use engine=tokenizers") from error
         except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())
-            raise TokenizerError(f"gigatoken does not support {path} ({reason}); use engine=tokenizers") from error
+            raise self._unsupported(error) from error
+        return_free_memory()
+        self._text_since_load = 0
+        self._resident_at_load = resident_bytes()
+        self._table_is_large = False
+
+    def _unsupported(self, error: Exception) -> TokenizerError:
+        reason = " ".join(str(error).split())
+        return TokenizerError(f"gigatoken does not support {self._path} ({reason}); use engine=tokenizers")
 
     def encode(self, documents: Any) -> EncodedDocuments:
         """See `Engine.encode`."""
@@ -51,21 +71,36 @@ class GigatokenEngine:
             contents.NumpyArray(characters, parameters={"__array__": "char"}),
             parameters={"__array__": "string"},
         )
-        self._bound_cache(characters.size)
+        resident = self._bound_cache(characters.size)
         layout = self._backend.encode_batch(awkward.Array(strings), parallel=False).layout
-        return EncodedDocuments(np.asarray(layout.content.data), np.asarray(layout.offsets.data))
+        encoded = EncodedDocuments(np.asarray(layout.content.data), np.asarray(layout.offsets.data))
+        growth = resident_bytes() - resident - encoded.ids.nbytes
+        self._table_is_large |= growth > _LARGEST_TABLE_GROWTH_BYTES
+        return encoded
 
-    def _bound_cache(self, text_bytes: int) -> None:
-        """Start with an empty cache when it has grown large: it keeps every distinct word for ever."""
-        self._bytes_since_load += text_bytes
-        if self._bytes_since_load > _RELOAD_AFTER_TEXT_BYTES and resident_bytes() > _RELOAD_ABOVE_RESIDENT_BYTES:
+    def _bound_cache(self, text_bytes: int) -> int:
+        """Start with an empty cache when it has grown large; resident memory of this process, bytes."""
+        resident = resident_bytes()
+        grown = resident - self._resident_at_load
+        is_due = self._text_since_load > _RELOAD_AFTER_TEXT_BYTES
+        if self._table_is_large or (is_due and grown > _RELOAD_AFTER_GROWTH_BYTES):
             self._load()
+            resident = self._resident_at_load
+        self._text_since_load += text_bytes
+        return resident
 
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM."""
     # Source: proc(5), statm: size, resident, ... in pages.
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def return_free_memory() -> None:
+    """Give what malloc keeps for later back to the system: loading a vocabulary of 128,000 leaves 150 MB behind."""
+    # Source: malloc_trim(3); only glibc has it.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def string_buffers(documents: Any) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.uint8]]]:
@@ -82,19 +117,17 @@ def string_buffers(documents: Any) -> tuple[np.ndarray[Any, np.dtype[np.int64]],
     return offsets.astype(np.int64) - int(offsets[0]), characters
 
 
-def _load_json(path: Path) -> Any:
-    return _load_without_special_tokens(parse_tokenizer_json(path.read_bytes(), path))
+def _definition(path: Path) -> str:
+    return _without_special_tokens(parse_tokenizer_json(path.read_bytes(), path))
 
 
-def _load_sentencepiece(path: Path) -> Any:
+def _converted_definition(path: Path) -> str:
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
-    return _load_without_special_tokens(json.loads(sentencepiece_to_tokenizer_json(path.read_bytes())))
+    return _without_special_tokens(json.loads(sentencepiece_to_tokenizer_json(path.read_bytes())))
 
 
-def _load_without_special_tokens(content: dict[str, Any]) -> Any:
-    from gigatoken.gigatoken_rs import load_hf_json
-
+def _without_special_tokens(content: dict[str, Any]) -> str:
     # Text is text: a token that is not registered cannot be found in a document.
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    return load_hf_json(json.dumps(content))
+    return json.dumps(content)

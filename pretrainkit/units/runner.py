@@ -35,7 +35,7 @@ from pretrainkit.tokenizers.auto import (
     reference_engine,
 )
 from pretrainkit.tokenizers.folder import special_ids
-from pretrainkit.tokenizers.gigatoken import string_buffers
+from pretrainkit.tokenizers.gigatoken import return_free_memory, string_buffers
 from pretrainkit.units.boundaries import Boundaries, TokenArray
 from pretrainkit.units.chunks import ChunkWriter
 from pretrainkit.units.work import STAGE_PREFIX, Job, UnitResult, process_mark
@@ -83,6 +83,7 @@ class UnitRunner:
         # An engine chosen by name is the user's decision; one chosen by "auto" goes on proving itself.
         checks = settings.engine == AUTO and self.plan.engine != reference
         self._reference = load_engine(reference, tokenizer_dir) if checks else None
+        return_free_memory()
         self._boundaries = Boundaries(
             settings.boundary,
             self.plan.tokenizer,
@@ -189,13 +190,13 @@ class UnitRunner:
         """Compare one small document of the batch with the reference; which one follows from the batch alone."""
         if self._reference is None:
             return
-        import pyarrow as pa
+        import pyarrow.compute as pc
 
         offsets, _ = string_buffers(texts)
         small = np.flatnonzero(np.diff(offsets) <= _CHECKED_DOCUMENT_BYTES)
         if not len(small):  # long documents: the beginning of one
-            start = texts[0].as_py()[: _CHECKED_DOCUMENT_BYTES // 2]
-            check_equal(self._engine, self._reference, pa.array([start]))
+            start = pc.utf8_slice_codeunits(texts.slice(0, 1), 0, _CHECKED_DOCUMENT_BYTES // 2)
+            check_equal(self._engine, self._reference, start)
             return
         index = int(small[int(offsets[-1]) % len(small)])
         expected = self._reference.encode(texts.slice(index, 1)).ids
