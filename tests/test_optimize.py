@@ -172,10 +172,10 @@ def test_explicit_validation_files_are_the_validation_split(parquet_dir, tokeniz
 
 def test_finished_work_is_not_done_again(parquet_dir, tokenizer_dir, tmp_path):
     first = run(parquet_dir, tokenizer_dir, tmp_path / "out")
-    (folder,) = (tmp_path / "out/train").iterdir()
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
     second = run(parquet_dir, tokenizer_dir, tmp_path / "out")
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")} == before
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
+    assert after == before
     assert (first.tokens, first.documents, first.units) == (second.tokens, second.documents, second.units)
 
 

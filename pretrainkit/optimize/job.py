@@ -7,6 +7,7 @@ dropped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import DatasetError, InputError, StorageError
@@ -22,10 +24,10 @@ from pretrainkit.optimize.inputs import Inputs
 from pretrainkit.plan import PLAN_FILENAME, Plan, differences
 from pretrainkit.progress import Progress, in_words
 from pretrainkit.records import Failure, UnitRecord, add_counts
-from pretrainkit.storage import is_remote, join, read_bytes, write_atomic
+from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep_stages
+from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep
 from pretrainkit.units.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
@@ -80,8 +82,8 @@ class Optimization:
         try:
             return self._run(plan)
         finally:
-            if not is_remote(self._output_dir):  # also what an earlier run's dead workers left, when nothing was to do
-                sweep_stages(self._output_dir)
+            if not is_remote(self._output_dir):  # also what an earlier run left, when nothing was to do
+                sweep(self._output_dir)
 
     def _run(self, plan: Plan) -> OptimizeSummary:
         while True:
@@ -155,22 +157,32 @@ class Optimization:
 
     def _finish(self, plan: Plan) -> OptimizeSummary:
         done = finished_units(self._output_dir, plan)
-        missing = [unit for unit in self._executor.share(range(len(plan.units))) if unit not in done]
-        self._write_failures(done)
+        mine = self._executor.share(range(len(plan.units)))
+        missing = [unit for unit in mine if unit not in done]
+        self._write_failures(done, mine)
         if missing:
             raise self._bad_input(missing)
         for node in self._executor.nodes() or node_folders(self._output_dir, "train"):
             finish_node(self._output_dir, node, plan, self._tokenizer_dir)
         return self._summary(plan, done)
 
-    def _write_failures(self, done: dict[int, UnitRecord]) -> None:
+    def _write_failures(self, done: dict[int, UnitRecord], mine: list[int]) -> None:
         """failures.jsonl: what finished units left out, and what kept others from being finished."""
-        rows = [(unit, failure) for unit, record in done.items() for failure in record.failures]
-        rows += [(unit, failure) for unit, failure in self._failures if unit not in done]
-        if rows:
-            rows.sort(key=lambda row: row[0])
-            lines = [json.dumps({"unit": unit, **vars(failure)}, sort_keys=True) for unit, failure in rows]
-            write_atomic(join(self._output_dir, FAILURES_FILENAME), "\n".join(lines) + "\n")
+        path = join(self._output_dir, FAILURES_FILENAME)
+        found = [(unit, failure) for unit, record in done.items() for failure in record.failures]
+        found += [(unit, failure) for unit, failure in self._failures if unit not in done]
+        rows = [{"unit": unit, **vars(failure)} for unit, failure in found]
+        if not rows and not exists(path):
+            return
+        here = not is_remote(self._output_dir)
+        # Several ranks may get here at once, and each knows of its own unfinished units alone.
+        with folder_lock(join(self._output_dir, "train"), "optimize", wait=True) if here else contextlib.nullcontext():
+            rows += [row for row in _rows_on_disk(path) if row["unit"] not in {*done, *mine}]
+            rows.sort(key=lambda row: row["unit"])
+            if rows:
+                write_atomic(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+            else:
+                remove(path)
 
     def _bad_input(self, missing: list[int]) -> InputError | DatasetError:
         if not self._failures:
@@ -206,6 +218,14 @@ class Optimization:
             )
         _log_summary(summary)
         return summary
+
+
+def _rows_on_disk(path: str) -> list[dict[str, Any]]:
+    """What a failures.jsonl tells; [] where there is none."""
+    try:
+        return [json.loads(line) for line in read_bytes(path).splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
 
 
 def _absolute(path: str) -> str:
