@@ -24,6 +24,7 @@ from pretrainkit.optimize.inputs import Inputs
 from pretrainkit.plan import PLAN_FILENAME, Plan, differences
 from pretrainkit.progress import Progress, in_words
 from pretrainkit.records import Failure, UnitRecord, add_counts
+from pretrainkit.statistics import counted
 from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer
@@ -119,7 +120,7 @@ class Optimization:
         if not pending:
             return
         if len(pending) < len(mine):
-            logger.info("%d of %d units are finished already", len(mine) - len(pending), len(mine))
+            logger.info("%d of %s finished already", len(mine) - len(pending), counted(len(mine), "unit"))
         job = Job(
             output_dir=_absolute(self._output_dir),
             plan_id=plan.id,
@@ -186,12 +187,12 @@ class Optimization:
 
     def _bad_input(self, missing: list[int]) -> InputError | DatasetError:
         if not self._failures:
-            return DatasetError(f"{len(missing)} finished unit(s) have vanished from {self._output_dir}; run again")
+            return DatasetError(f"{counted(len(missing), 'finished unit')} vanished from {self._output_dir}; run again")
         _, first = self._failures[0]
         numbers = (("row group", first.row_group), ("row", first.row))
         place = ", ".join([first.shard, *(f"{name} {value}" for name, value in numbers if value is not None)])
         return InputError(
-            f"{len(self._failures)} piece(s) of input cannot be used, listed in "
+            f"{counted(len(self._failures), 'piece')} of input cannot be used, listed in "
             f"{join(self._output_dir, FAILURES_FILENAME)}; first: {place}: {first.detail}. Everything else is done; "
             "run again with --on_bad_input=skip to leave them out and count them"
         )
@@ -237,15 +238,15 @@ def _log_summary(summary: OptimizeSummary) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.dropped.items())
     for split, tokens in summary.tokens.items():
         logger.info(
-            "%s: %s documents, %s tokens in %s",
+            "%s: %s, %s in %s",
             split,
-            f"{summary.documents[split]:,}",
-            f"{tokens:,}",
+            counted(summary.documents[split], "document"),
+            counted(tokens, "token"),
             join(summary.output_dir, split),
         )
     logger.info(
-        "%s rows in = %s out + %s dropped%s; engine %s; %s",
-        f"{summary.documents_in:,}",
+        "%s in = %s out + %s dropped%s; engine %s; %s",
+        counted(summary.documents_in, "row"),
         f"{sum(summary.documents.values()):,}",
         f"{sum(summary.dropped.values()):,}",
         f" ({reasons})" if reasons else "",
@@ -253,7 +254,7 @@ def _log_summary(summary: OptimizeSummary) -> None:
         in_words(summary.seconds),
     )
     if summary.units < summary.units_planned:
-        logger.info("%d of %d units are finished; other ranks do the rest", summary.units, summary.units_planned)
+        logger.info("%d of %s finished; other ranks do the rest", summary.units, counted(summary.units_planned, "unit"))
 
 
 def plan_on_disk(output_dir: str) -> Plan | None:
