@@ -17,7 +17,7 @@ from pretrainkit.errors import ConfigError, DatasetError
 from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, read_chunk, read_index
 from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.records import ChunkRecord, load_records
-from pretrainkit.statistics import histogram_lines, quantile_bounds
+from pretrainkit.statistics import counted, histogram_lines, quantile_bounds
 from pretrainkit.tokenizers.folder import tokenizer_file
 from pretrainkit.verify import CHECKSUMS_FILENAME, VerifyLevel, read_checksums, verify_chunk
 
@@ -57,7 +57,7 @@ def inspect_dataset(
     info = DatasetInfo.load(dataset_dir) if (dataset_dir / METADATA_FILENAME).is_file() else None
     _say("\n".join([f"{dataset_dir}", *_facts(entries, dtype.name, info)]))
     if verify is not None:
-        _say(f"\nverified ({verify}): {_verify(dataset_dir, info, verify):,} chunks agree with their records")
+        _say(f"\nverified ({verify}): {counted(_verify(dataset_dir, info, verify), 'chunk')}, as recorded")
     if info is not None and info.document_lengths:
         _say("\ntokens per document")
         _say("\n".join(f"  {line}" for line in histogram_lines(info.document_lengths)))
@@ -82,7 +82,7 @@ def _check_folder(folder: Path) -> None:
 
 def _facts(entries: Sequence[ChunkEntry], dtype: str, info: DatasetInfo | None) -> list[str]:
     tokens, size = sum(e.dim for e in entries), sum(e.chunk_bytes for e in entries)
-    rows = [("tokens", f"{tokens:,} of {dtype}, {size / 1e6:,.1f} MB in {len(entries):,} chunks")]
+    rows = [("tokens", f"{tokens:,} of {dtype}, {size / 1e6:,.1f} MB in {counted(len(entries), 'chunk')}")]
     if info is None:
         rows.append(("metadata", f"none ({METADATA_FILENAME} is missing): stock litdata wrote it, or it was lost"))
         return [f"  {name:<11}{text}" for name, text in rows]

@@ -21,6 +21,7 @@ from pretrainkit.documents import OnBadInput, ShardInfo, inspect_shard, refuse_a
 from pretrainkit.errors import ConfigError, DatasetError, InputError
 from pretrainkit.metadata import Boundary, TokenDtype, TokenizerInfo
 from pretrainkit.records import SourceRange
+from pretrainkit.statistics import counted
 from pretrainkit.storage import ListedFile
 
 PLAN_FILENAME = "plan.json"
@@ -226,7 +227,7 @@ def make_plan(
     )
     units = tuple(_cut_into_units(shards, infos, settings.unit_bytes))
     if not units:
-        raise InputError(f"the {len(files)} input file(s) hold no rows")
+        raise InputError(f"there are no rows in the {counted(len(files), 'input file')}; nothing is to do")
     return Plan(
         settings=settings,
         tokenizer=tokenizer,
@@ -298,7 +299,7 @@ def differences(old: Plan, new: Plan) -> list[str]:
     for what, keys in changes.items():
         if keys:
             names = ", ".join(name for _, name in keys[:3]) + (", ..." if len(keys) > 3 else "")
-            found.append(f"{len(keys)} input file(s) {what}: {names}")
+            found.append(f"{counted(len(keys), 'input file')} {what}: {names}")
     if not found and old.units != new.units:
         found.append("the inputs are cut into other units")
     return found

@@ -1,4 +1,4 @@
-"""Document-length histograms, put into words and bars.
+"""Counts and document-length histograms, put into words and bars.
 
 Comes in: the histograms that records and `metadata.json` hold, `{"2^k": documents of 2^k .. 2^(k+1) - 1 tokens}`. Goes
 out: quantile bounds and text. They are made by `records.length_histogram` and summed by `records.add_counts`.
@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _BAR_WIDTH = 40
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 chunk", "2,000 chunks"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def buckets(histogram: Mapping[str, int]) -> list[tuple[int, int, int]]:

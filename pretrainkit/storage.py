@@ -14,6 +14,8 @@ import io
 import json
 import logging
 import os
+import re
+import socket
 import stat
 import tempfile
 import time
@@ -58,7 +60,10 @@ def storage_errors(doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in hints:
             raise
-        raise StorageError(f"cannot {doing}: {error.filename or ''} {hints[error.errno]}".replace("  ", " ")) from error
+        where = str(error.filename or "")
+        where = where.rpartition("/.")[0] if "/." in where else where  # drafts and stages tell a user nothing
+        at = f" ({where})" if where not in doing else ""
+        raise StorageError(f"cannot {doing}{at}: {hints[error.errno]}") from error
 
 
 def fsync_folder(folder: str | Path) -> None:
@@ -72,6 +77,8 @@ def fsync_folder(folder: str | Path) -> None:
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a whole small file so that readers see the old content, or the new, never a part.
+
+    A local file that holds these very bytes is left alone: a finished job run again needs no space.
 
     Raises:
         StorageError: The folder cannot be written (full, read-only, no permission).
@@ -87,7 +94,11 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     path = Path(path)
     with storage_errors(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        if path.is_file() and path.stat().st_size == len(payload) and path.read_bytes() == payload:
+            fsync_folder(path.parent)
+            return
+        prefix = f".{path.name}.{socket.gethostname()}-{process_mark(os.getpid())}-"
+        descriptor, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
         try:
             with open(descriptor, "wb") as file:
                 file.write(payload)
@@ -100,6 +111,32 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
                 os.unlink(temporary)
             raise
         fsync_folder(path.parent)
+
+
+def process_mark(pid: int) -> str | None:
+    """`pid-start` of a living process of this machine, None for a dead one.
+
+    The time it started tells it from a later process that was given the same number.
+    """
+    try:
+        # Source: proc(5), stat: the state follows the name in brackets (Z, X: dead), the start comes 19 later.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else f"{pid}-{fields[19]}"
+
+
+def sweep_drafts(folder: str | Path) -> None:
+    """Remove what `write_atomic` left in a local folder when its process was killed; nothing of living processes.
+
+    Another machine's drafts are left alone: whether their processes live cannot be seen from here.
+    """
+    draft = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(?P<mark>(?P<pid>\d+)-\d+)-\w{{8}}\.tmp", re.ASCII)
+    with contextlib.suppress(FileNotFoundError):  # no such folder; or another rank sweeps here too
+        for name in sorted(os.listdir(folder)):
+            found = draft.fullmatch(name)
+            if found is not None and process_mark(int(found["pid"])) != found["mark"]:
+                os.unlink(os.path.join(folder, name))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -153,8 +190,9 @@ def folder_lock(folder: str | Path, doing: str, *, shared: bool = False, wait: b
             raise StorageError(
                 f"{folder} is in use by another process ({holder}); wait for it or {doing} into another folder"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # who holds it is a courtesy: on a full disk it is left out
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         try:
             yield
         finally:

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pretrainkit.documents import unusable
 from pretrainkit.errors import InputError
 from pretrainkit.optimize import optimize_dataset
+from pretrainkit.units import runner
 from tests.conftest import make_texts, write_parquet
 from tests.test_optimize import documents_of, expected_ids
 
@@ -69,9 +71,7 @@ def test_nulls_and_empty_texts_are_counted_and_no_failure(tmp_path, tokenizer_di
 def test_invalid_utf8_is_located_by_row_group_and_row(tmp_path, tokenizer_dir):
     column = as_strings([b"fine", b"\xff\xfe", b"fine too", b"\xed\xa0\x80 lone surrogate", b"end"])
     write_column(tmp_path / "in/a.parquet", column, row_group_size=2)
-    with pytest.raises(
-        InputError, match=r"2 piece\(s\) of input cannot be used.*a\.parquet, row group 0, row 1: not UTF"
-    ):
+    with pytest.raises(InputError, match=r"2 pieces of input cannot be used.*a\.parquet, row group 0, row 1: not UTF"):
         run(tmp_path, tokenizer_dir)
     summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
     assert (summary.documents, summary.dropped) == ({"train": 3}, {"bad_row": 2})
@@ -140,7 +140,7 @@ def test_a_bad_file_is_refused_before_any_work_or_counted(tmp_path, tokenizer_di
     (tmp_path / "in").mkdir()
     make(tmp_path / "in/bad.parquet")
     write_parquet(tmp_path / "in/good.parquet", make_texts(10))
-    with pytest.raises(InputError, match=r"1 input file\(s\) cannot be used: bad\.parquet: "):
+    with pytest.raises(InputError, match=r"1 input file cannot be used: bad\.parquet: "):
         run(tmp_path, tokenizer_dir)
     assert not (tmp_path / "out").exists()
     summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
@@ -171,7 +171,7 @@ def test_a_link_to_a_folder_is_followed_and_a_loop_ends(tmp_path, tokenizer_dir)
 
 def test_a_file_without_rows_is_fine_beside_others_and_refused_alone(tmp_path, tokenizer_dir):
     write_parquet(tmp_path / "in/a.parquet", [])
-    with pytest.raises(InputError, match="hold no rows"):
+    with pytest.raises(InputError, match="there are no rows in the 1 input file;"):
         run(tmp_path, tokenizer_dir)
     write_parquet(tmp_path / "in/b.parquet", ["x"])
     assert run(tmp_path, tokenizer_dir).documents == {"train": 1}
@@ -267,3 +267,33 @@ def test_row_numbers_and_types_survive_slices_and_nulls(tmp_path, tokenizer_dir)
     assert summary.dropped == {"null": 72}
     lengths = np.array([len(ids) for ids in documents_of(tmp_path / "out")])
     assert summary.tokens["train"] == lengths.sum()
+
+
+def test_the_list_of_failures_holds_those_of_every_rank(tmp_path, tokenizer_dir, monkeypatch):
+    for name in "ab":
+        write_column(tmp_path / f"in/{name}.parquet", as_strings([b"good", b"\xff", b"good too"]))
+
+    def run_rank(rank, **flags):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        return run(tmp_path, tokenizer_dir, unit_bytes=1, **flags)
+
+    for rank, name in enumerate("ab"):
+        with pytest.raises(InputError, match=rf"1 piece of input cannot be used.*{name}\.parquet"):
+            run_rank(rank)
+    assert [failure["shard"] for failure in failures_of(tmp_path)] == ["a.parquet", "b.parquet"]
+    run_rank(0, on_bad_input="skip")
+    assert [failure["shard"] for failure in failures_of(tmp_path)] == ["a.parquet", "b.parquet"]
+    assert run_rank(1, on_bad_input="skip").dropped == {"bad_row": 2}
+    assert [failure["shard"] for failure in failures_of(tmp_path)] == ["a.parquet", "b.parquet"]
+
+
+def test_what_was_unreadable_for_a_while_is_no_failure_any_more(tmp_path, tokenizer_dir, monkeypatch):
+    write_parquet(tmp_path / "in/a.parquet", make_texts(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "read_range", lambda path, source, column: [unusable(source, "gone for a while")])
+        with pytest.raises(InputError, match="gone for a while"):
+            run(tmp_path, tokenizer_dir)
+    assert len(failures_of(tmp_path)) == 1
+    assert run(tmp_path, tokenizer_dir).documents == {"train": 10}
+    assert not (tmp_path / "out/failures.jsonl").exists()

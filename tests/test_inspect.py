@@ -13,7 +13,7 @@ from pretrainkit.formats.litdata import ChunkEntry, write_chunk, write_index
 from pretrainkit.inspect import visible
 from pretrainkit.metadata import TokenizerInfo
 from pretrainkit.records import ChunkRecord
-from pretrainkit.statistics import buckets, histogram_lines, quantile_bounds
+from pretrainkit.statistics import buckets, counted, histogram_lines, quantile_bounds
 from pretrainkit.storage import checksum
 from pretrainkit.verify import write_checksums
 
@@ -117,7 +117,7 @@ def test_dataset_of_stock_litdata_is_shown_as_ids_or_with_a_tokenizer(dataset, t
 @pytest.mark.parametrize("level", ["fast", "full"])
 def test_verify_says_how_many_chunks_agree(dataset, capsys, level):
     inspect_dataset(dataset, samples=0, verify=level)
-    assert f"verified ({level}): 1 chunks agree" in capsys.readouterr().out
+    assert f"verified ({level}): 1 chunk, as recorded" in capsys.readouterr().out
 
 
 def test_full_verification_finds_a_flipped_bit(dataset):
@@ -185,3 +185,7 @@ def test_metadata_comes_back_from_its_json():
         DatasetInfo.from_json(info.to_json().replace('"dropped": {\n    "empty": 1\n  }', '"dropped": 7'))
     with pytest.raises(DatasetError, match="format_version 9"):
         DatasetInfo.from_json(dataclasses.replace(info, format_version=9).to_json())
+
+
+def test_a_count_and_its_noun_agree():
+    assert [counted(n, "chunk") for n in (0, 1, 2, 1234)] == ["0 chunks", "1 chunk", "2 chunks", "1,234 chunks"]

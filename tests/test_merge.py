@@ -348,7 +348,7 @@ def refused(source: Path, message: str, **flags) -> None:
 def test_missing_units_and_the_unfinished_node_are_named(source):
     (source / "n2/units/00000005.json").unlink()
     (source / "n2/index.json").unlink()
-    refused(source, r"1 of the plan's 6 units are missing \(unit 5\); unfinished: n2")
+    refused(source, r"1 of the plan's 6 units is missing \(unit 5\); unfinished: n2")
 
 
 def test_missing_node_folder_is_noticed(source):
@@ -504,7 +504,7 @@ def test_chunk_that_is_a_pipe_is_refused(source):
         (lambda raw: raw.update(documents_in=99), "does not account for all"),
         (lambda raw: raw["splits"]["train"].update(tokens=1), "does not account for all"),
         (lambda raw: raw.update(split="val"), "belongs to another split"),
-        (lambda raw: raw.update(plan="b" * 64), r"1 of the plan's 6 units are missing \(unit 4\)"),
+        (lambda raw: raw.update(plan="b" * 64), r"1 of the plan's 6 units is missing \(unit 4\)"),
         (lambda raw: raw.update(units_planned=7), "others say"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pretrainkit.errors import InputError
 from pretrainkit.records import Failure, SourceRange
+from pretrainkit.statistics import counted
 from pretrainkit.storage import ListedFile
 
 SUFFIXES = {
@@ -115,5 +116,5 @@ def refuse_all_bad(problems: list[tuple[str, str]]) -> InputError:
     shown = "; ".join(f"{name}: {problem}" for name, problem in problems[:5])
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return InputError(
-        f"{len(problems)} input file(s) cannot be used: {shown}{more}. --on_bad_input=skip goes on without"
+        f"{counted(len(problems), 'input file')} cannot be used: {shown}{more}. --on_bad_input=skip goes on without"
     )

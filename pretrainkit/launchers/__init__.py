@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import LaunchError
+from pretrainkit.errors import LaunchError, PretrainKitError
 from pretrainkit.registry import Registry
 from pretrainkit.topology import Topology, detect
 
@@ -26,6 +28,8 @@ LAUNCHERS = Registry(
         "ray": "pretrainkit.launchers.ray:launch",
     },
 )
+# Signals to the process that started the others which those hear of.
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Where `ray start` notes the cluster this machine belongs to. Source: ray/_private/utils.py, read_ray_address.
 _RAY_NOTE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - Ray's choice
 
@@ -97,3 +101,29 @@ def run_entry(entry: str, config: PretrainConfig) -> None:
     """Import and call "module:function"."""
     module, _, function = entry.partition(":")
     getattr(importlib.import_module(module), function)(config)
+
+
+def pack_error(error: PretrainKitError) -> bytes:
+    """An error of a training process for the one that started it."""
+    return pickle.dumps((type(error), str(error), error.exit_code))
+
+
+def unpack_error(packed: bytes) -> PretrainKitError:
+    """The error again, of the same class and with the same exit code."""
+    kind, message, exit_code = pickle.loads(packed)  # noqa: S301 - from our own child
+    error: PretrainKitError = kind.__new__(kind, message)
+    error.exit_code = exit_code
+    return error
+
+
+_stop_asked: list[int] = []  # the signal's number, in a process that was asked
+
+
+def ask_to_stop(number: int) -> None:
+    """Stop training in this process as that signal would; for launchers whose processes no signal can reach."""
+    _stop_asked.append(number)
+
+
+def stop_asked() -> int:
+    """The number of the signal that `ask_to_stop` stands for, or 0."""
+    return _stop_asked[0] if _stop_asked else 0

@@ -10,7 +10,6 @@ import ctypes
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -21,11 +20,10 @@ from typing import Any
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import Interrupted, LaunchError, PretrainKitError
-from pretrainkit.launchers import run_entry
+from pretrainkit.launchers import PASSED_ON, pack_error, run_entry, unpack_error
 from pretrainkit.launchers.slurm import variables
 from pretrainkit.topology import Topology
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _GRACE_S = 30.0  # for the others to end after one has failed
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
@@ -84,7 +82,7 @@ def _attend(workers: list[tuple[Any, Connection]]) -> None:
         _send(workers, number)
 
     in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON} if in_main else {}
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON} if in_main else {}
     try:
         failure = _first_failure(workers)
     finally:
@@ -123,10 +121,7 @@ def _failure(worker: Any, receive: Connection) -> PretrainKitError | None:
     """What a finished worker has to say: None, its error, or how it died."""
     if receive.poll():
         try:
-            kind, message, exit_code = pickle.loads(receive.recv_bytes())  # noqa: S301 - from our own child
-            error: PretrainKitError = kind.__new__(kind, message)
-            error.exit_code = exit_code
-            return error
+            return unpack_error(receive.recv_bytes())
         except EOFError:
             pass
     if worker.exitcode:
@@ -145,5 +140,5 @@ def _work(entry: str, config: PretrainConfig, environment: dict[str, str], send:
     try:
         run_entry(entry, config)
     except PretrainKitError as error:
-        send.send_bytes(pickle.dumps((type(error), str(error), error.exit_code)))
+        send.send_bytes(pack_error(error))
         sys.exit(error.exit_code)

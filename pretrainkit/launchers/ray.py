@@ -1,26 +1,37 @@
 """Ray Train: from the head node of a cluster, one process per device of each node.
 
-Guarantees: Ray restarts a run that a dead process or node ended, and it goes on from its newest whole checkpoint; the
+Guarantees: Ray restarts a run that a dead process or node ended, and it goes on from its newest whole checkpoint; a
+mistake of the user's ends it at once; a signal to this process reaches the workers, which finish the step and save; the
 processes find torchrun's variables; no secret of this environment is put into Ray's runtime environment, which Ray
 writes into logs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import secrets
+import signal
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pretrainkit
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import ConfigError, LaunchError
-from pretrainkit.launchers import run_entry
+from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError
+from pretrainkit.launchers import PASSED_ON, ask_to_stop, pack_error, run_entry, unpack_error
 from pretrainkit.storage import is_remote
 
+logger = logging.getLogger(__name__)
+
 MAX_FAILURES = 10  # restarts of a run by Ray
+_POLL_S = 1.0  # how often a worker asks whether to stop
 
 
 def launch(entry: str, config: PretrainConfig) -> None:
@@ -48,20 +59,64 @@ def launch(entry: str, config: PretrainConfig) -> None:
         use_gpu=use_gpu,
         placement_strategy="SPREAD" if per_node == 1 else "PACK",
     )
+    stop_key = f"pretrainkit-stop-{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory(prefix="ray-train-") as notes:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"entry": entry, "config": config},
+            train_loop_config={"entry": entry, "config": config, "stop_key": stop_key},
             scaling_config=scaling,
             run_config=RunConfig(
                 name=config.out_dir.name, storage_path=notes, failure_config=FailureConfig(max_failures=MAX_FAILURES)
             ),
         )
+        with _telling_workers_to_stop(stop_key):
+            _fit(trainer)
+
+
+def _fit(trainer: Any) -> None:
+    """Run to the end, in a thread of its own: in the main one Ray would take Ctrl+C for itself and save nothing.
+
+    Raises:
+        PretrainKitError: What ended training in the workers, or that the run failed too often.
+    """
+    outcome: list[Any] = []
+
+    def fit() -> None:
         try:
-            trainer.fit()
-        except Exception as error:
-            cause = str(error).strip().splitlines() or [type(error).__name__]
-            raise LaunchError(f"the run failed on Ray: {cause[-1]}; its log is above") from error
+            outcome.append(trainer.fit().return_value)
+        except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], Exception):
+        cause = str(outcome[0]).strip().splitlines() or [type(outcome[0]).__name__]
+        raise LaunchError(f"the run failed on Ray: {cause[-1]}; its log is above") from outcome[0]
+    if outcome[0] is not None:
+        raise unpack_error(outcome[0])
+
+
+@contextlib.contextmanager
+def _telling_workers_to_stop(key: str) -> Iterator[None]:
+    """Leave the number of the first signal where the workers look for it; a second Ctrl+C interrupts at once."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+        _internal_kv_put(key, str(received[0]))
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON} if in_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_folder(config: PretrainConfig) -> None:
@@ -114,8 +169,12 @@ def _workers_per_node(config: PretrainConfig, nodes: list[dict[str, Any]]) -> tu
     return per_node, gpus > 0
 
 
-def _work(arguments: dict[str, Any]) -> None:
-    """One worker. Ray has set RANK, WORLD_SIZE and the like; what it calls NODE_RANK, torchrun calls GROUP_RANK."""
+def _work(arguments: dict[str, Any]) -> bytes | None:
+    """One worker. Ray has set RANK, WORLD_SIZE and the like; what it calls NODE_RANK, torchrun calls GROUP_RANK.
+
+    Returns:
+        None, or the error that ended training. Returned, not raised: Ray would start the same mistake again and again.
+    """
     from ray.train import get_context
 
     context = get_context()
@@ -125,4 +184,19 @@ def _work(arguments: dict[str, Any]) -> None:
     os.environ["WORLD_SIZE"] = str(context.get_world_size())
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_entry(arguments["entry"], arguments["config"])
+    threading.Thread(target=_listen, args=(arguments["stop_key"],), name="stop", daemon=True).start()
+    try:
+        run_entry(arguments["entry"], arguments["config"])
+    except PretrainKitError as error:
+        logger.error("error: %s", error)  # noqa: TRY400 - a mistake of the user's has no traceback
+        return pack_error(error)
+    return None
+
+
+def _listen(key: str) -> None:
+    """Wait until the driver asks to stop, then pass it on to training."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    while (number := _internal_kv_get(key)) is None:
+        time.sleep(_POLL_S)
+    ask_to_stop(int(number))

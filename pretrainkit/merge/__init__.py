@@ -24,6 +24,7 @@ from pretrainkit.merge.transfer import MergeMode, Placed, find_intact, place_joi
 from pretrainkit.merge.work import Work, prepare
 from pretrainkit.metadata import DatasetInfo
 from pretrainkit.signals import interruptible
+from pretrainkit.statistics import counted
 from pretrainkit.storage import folder_lock, is_remote
 from pretrainkit.verify import VerifyLevel
 
@@ -72,7 +73,7 @@ def merge_datasets(
             work = prepare(Path(source), source)
             info, placed = _merge_local(work, Path(target), mode, verify)
     if placed is None:
-        logger.info("%s is complete already: the same %s units are merged there", target, len(work.sources.records))
+        logger.info("%s is complete already: it holds the same %s", target, counted(len(work.sources.records), "unit"))
     else:
         _report(info, work, placed, target, time.monotonic() - started)
     return info
@@ -146,15 +147,15 @@ def _place(work: Work, intact: Sequence[Path], target_dir: Path, mode: MergeMode
 def _report(info: DatasetInfo, work: Work, placed: Sequence[Placed], target: str, seconds: float) -> None:
     how = ", ".join(f"{count:,} {name}" for name, count in sorted(Counter(p.how for p in placed).items()))
     logger.info(
-        "%s: %s documents, %s tokens in %s chunks (%s) from %s units of %s node folders in %.1f s",
+        "%s: %s, %s in %s (%s) from %s of %s in %.1f s",
         target,
-        f"{info.documents:,}",
-        f"{info.tokens:,}",
-        f"{info.chunks:,}",
+        counted(info.documents, "document"),
+        counted(info.tokens, "token"),
+        counted(info.chunks, "chunk"),
         how,
-        f"{info.units:,}",
-        f"{len(work.sources.folders):,}",
+        counted(info.units, "unit"),
+        counted(len(work.sources.folders), "node folder"),
         seconds,
     )
     for reason, count in info.dropped.items():
-        logger.info("  dropped %s of %s rows: %s", f"{count:,}", f"{info.documents_in:,}", reason)
+        logger.info("  dropped %s of %s: %s", f"{count:,}", counted(info.documents_in, "row"), reason)

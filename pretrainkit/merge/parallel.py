@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,16 +31,27 @@ def in_threads(function: Callable[[_T], _R], items: Sequence[_T], doing: str, ba
         doing: Words for the progress line.
         batch: Items per task; 1 where each one takes long.
     """
+    at_work, stopped = threading.Semaphore(_THREADS), threading.Event()
 
     def run(start: int) -> list[_R]:
-        return [function(item) for item in items[start : start + batch]]
+        results: list[_R] = []
+        with at_work:
+            for item in items[start : start + batch]:
+                if stopped.is_set():
+                    break
+                results.append(function(item))
+        return results
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
         return _with_progress(pool.map(run, range(0, len(items), batch)), len(items), doing)
     finally:
-        # On an error or Ctrl+C, nobody writes after this returns.
+        # On an error or Ctrl+C, nobody writes after this returns; nor does a thread that was being started when the
+        # signal came, of which the pool does not know.
+        stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        for _ in range(_THREADS):
+            at_work.acquire()
 
 
 def _with_progress(batches: Iterable[list[_R]], total: int, doing: str) -> list[_R]:

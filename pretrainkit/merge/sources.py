@@ -19,6 +19,7 @@ from pretrainkit.errors import DatasetError
 from pretrainkit.formats.litdata import INDEX_FILENAME, read_index
 from pretrainkit.metadata import METADATA_FILENAME, DatasetInfo
 from pretrainkit.records import RECORDS_FOLDER, ChunkRecord, UnitRecord, load_records
+from pretrainkit.statistics import counted
 from pretrainkit.verify import check_numbers
 
 logger = logging.getLogger(__name__)
@@ -213,8 +214,9 @@ def _check_complete(
         shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         unfinished = [folder.name for folder in folders if not (folder / INDEX_FILENAME).exists()]
         who = f"; unfinished: {', '.join(unfinished)}" if unfinished else ""
+        are = "is" if len(missing) == 1 else "are"
         raise DatasetError(
-            f"{len(missing):,} of the plan's {count:,} units are missing (unit {shown}){who}; found "
+            f"{len(missing):,} of the plan's {counted(count, 'unit')} {are} missing (unit {shown}){who}; found "
             f"{', '.join(folder.name for folder in folders[:5])}{', ...' if len(folders) > 5 else ''}: bring the other "
             "nodes' folders here, or run optimize again with the same settings, it continues"
         )

@@ -12,6 +12,7 @@ from pretrainkit.errors import DatasetError
 from pretrainkit.merge.layout import Output, Part, lay_out
 from pretrainkit.merge.sources import Sources, load_sources
 from pretrainkit.metadata import DatasetInfo
+from pretrainkit.statistics import counted
 
 _DEFAULT_CHUNK_BYTES = 64 << 20
 
@@ -45,8 +46,8 @@ def prepare(source_dir: Path, shown: str) -> Work:
     sources = load_sources(source_dir)
     if not sources.chunks:
         raise DatasetError(
-            f"the {len(sources.records):,} units of {shown} hold no document: nothing to merge; give optimize "
-            "more data or another val_fraction"
+            f"there is no document in the {counted(len(sources.records), 'unit')} of {shown}: nothing to merge; give "
+            "optimize more data or another val_fraction"
         )
     setting = sources.info.settings.get("chunk_bytes")
     chunk_bytes = setting if isinstance(setting, int) and setting > 0 else _DEFAULT_CHUNK_BYTES
@@ -58,8 +59,9 @@ def prepare(source_dir: Path, shown: str) -> Work:
     )
     if not outputs:
         raise DatasetError(
-            f"the {sum(part.tokens for part in tail):,} tokens of {shown} fill no block of "
-            f"{sources.info.block_size:,}; give optimize more data or a smaller block_size"
+            f"no block of {sources.info.block_size:,} is filled by the "
+            f"{counted(sum(part.tokens for part in tail), 'token')} of {shown}; give optimize more data or a smaller "
+            "block_size"
         )
     return Work(
         sources=sources,

@@ -7,6 +7,7 @@ dropped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import DatasetError, InputError, StorageError
@@ -22,10 +24,11 @@ from pretrainkit.optimize.inputs import Inputs
 from pretrainkit.plan import PLAN_FILENAME, Plan, differences
 from pretrainkit.progress import Progress, in_words
 from pretrainkit.records import Failure, UnitRecord, add_counts
-from pretrainkit.storage import is_remote, join, read_bytes, write_atomic
+from pretrainkit.statistics import counted
+from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep_stages
+from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep
 from pretrainkit.units.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
@@ -80,8 +83,8 @@ class Optimization:
         try:
             return self._run(plan)
         finally:
-            if not is_remote(self._output_dir):  # also what an earlier run's dead workers left, when nothing was to do
-                sweep_stages(self._output_dir)
+            if not is_remote(self._output_dir):  # also what an earlier run left, when nothing was to do
+                sweep(self._output_dir)
 
     def _run(self, plan: Plan) -> OptimizeSummary:
         while True:
@@ -117,7 +120,7 @@ class Optimization:
         if not pending:
             return
         if len(pending) < len(mine):
-            logger.info("%d of %d units are finished already", len(mine) - len(pending), len(mine))
+            logger.info("%d of %s finished already", len(mine) - len(pending), counted(len(mine), "unit"))
         job = Job(
             output_dir=_absolute(self._output_dir),
             plan_id=plan.id,
@@ -155,31 +158,41 @@ class Optimization:
 
     def _finish(self, plan: Plan) -> OptimizeSummary:
         done = finished_units(self._output_dir, plan)
-        missing = [unit for unit in self._executor.share(range(len(plan.units))) if unit not in done]
-        self._write_failures(done)
+        mine = self._executor.share(range(len(plan.units)))
+        missing = [unit for unit in mine if unit not in done]
+        self._write_failures(done, mine)
         if missing:
             raise self._bad_input(missing)
         for node in self._executor.nodes() or node_folders(self._output_dir, "train"):
             finish_node(self._output_dir, node, plan, self._tokenizer_dir)
         return self._summary(plan, done)
 
-    def _write_failures(self, done: dict[int, UnitRecord]) -> None:
+    def _write_failures(self, done: dict[int, UnitRecord], mine: list[int]) -> None:
         """failures.jsonl: what finished units left out, and what kept others from being finished."""
-        rows = [(unit, failure) for unit, record in done.items() for failure in record.failures]
-        rows += [(unit, failure) for unit, failure in self._failures if unit not in done]
-        if rows:
-            rows.sort(key=lambda row: row[0])
-            lines = [json.dumps({"unit": unit, **vars(failure)}, sort_keys=True) for unit, failure in rows]
-            write_atomic(join(self._output_dir, FAILURES_FILENAME), "\n".join(lines) + "\n")
+        path = join(self._output_dir, FAILURES_FILENAME)
+        found = [(unit, failure) for unit, record in done.items() for failure in record.failures]
+        found += [(unit, failure) for unit, failure in self._failures if unit not in done]
+        rows = [{"unit": unit, **vars(failure)} for unit, failure in found]
+        if not rows and not exists(path):
+            return
+        here = not is_remote(self._output_dir)
+        # Several ranks may get here at once, and each knows of its own unfinished units alone.
+        with folder_lock(join(self._output_dir, "train"), "optimize", wait=True) if here else contextlib.nullcontext():
+            rows += [row for row in _rows_on_disk(path) if row["unit"] not in {*done, *mine}]
+            rows.sort(key=lambda row: row["unit"])
+            if rows:
+                write_atomic(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+            else:
+                remove(path)
 
     def _bad_input(self, missing: list[int]) -> InputError | DatasetError:
         if not self._failures:
-            return DatasetError(f"{len(missing)} finished unit(s) have vanished from {self._output_dir}; run again")
+            return DatasetError(f"{counted(len(missing), 'finished unit')} vanished from {self._output_dir}; run again")
         _, first = self._failures[0]
         numbers = (("row group", first.row_group), ("row", first.row))
         place = ", ".join([first.shard, *(f"{name} {value}" for name, value in numbers if value is not None)])
         return InputError(
-            f"{len(self._failures)} piece(s) of input cannot be used, listed in "
+            f"{counted(len(self._failures), 'piece')} of input cannot be used, listed in "
             f"{join(self._output_dir, FAILURES_FILENAME)}; first: {place}: {first.detail}. Everything else is done; "
             "run again with --on_bad_input=skip to leave them out and count them"
         )
@@ -208,6 +221,14 @@ class Optimization:
         return summary
 
 
+def _rows_on_disk(path: str) -> list[dict[str, Any]]:
+    """What a failures.jsonl tells; [] where there is none."""
+    try:
+        return [json.loads(line) for line in read_bytes(path).splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
 def _absolute(path: str) -> str:
     """A path that means the same in a worker, whose working folder is another."""
     return path if is_remote(path) else os.path.abspath(path)
@@ -217,15 +238,15 @@ def _log_summary(summary: OptimizeSummary) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.dropped.items())
     for split, tokens in summary.tokens.items():
         logger.info(
-            "%s: %s documents, %s tokens in %s",
+            "%s: %s, %s in %s",
             split,
-            f"{summary.documents[split]:,}",
-            f"{tokens:,}",
+            counted(summary.documents[split], "document"),
+            counted(tokens, "token"),
             join(summary.output_dir, split),
         )
     logger.info(
-        "%s rows in = %s out + %s dropped%s; engine %s; %s",
-        f"{summary.documents_in:,}",
+        "%s in = %s out + %s dropped%s; engine %s; %s",
+        counted(summary.documents_in, "row"),
         f"{sum(summary.documents.values()):,}",
         f"{sum(summary.dropped.values()):,}",
         f" ({reasons})" if reasons else "",
@@ -233,7 +254,7 @@ def _log_summary(summary: OptimizeSummary) -> None:
         in_words(summary.seconds),
     )
     if summary.units < summary.units_planned:
-        logger.info("%d of %d units are finished; other ranks do the rest", summary.units, summary.units_planned)
+        logger.info("%d of %s finished; other ranks do the rest", summary.units, counted(summary.units_planned, "unit"))
 
 
 def plan_on_disk(output_dir: str) -> Plan | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pretrainkit.documents import DocumentBatch, read_range
 from pretrainkit.plan import Plan
 from pretrainkit.progress import in_words
+from pretrainkit.statistics import counted
 from pretrainkit.storage import join
 from pretrainkit.tokenizers import AUTO
 from pretrainkit.tokenizers.auto import choose_engine, load_engine
@@ -84,7 +85,7 @@ def estimate(plan: Plan, roots: dict[str, str], tokenizer_dir: Path, num_workers
     return [
         f"files: {len(plan.shards):,}, {sum(shard.size for shard in plan.shards):,} bytes",
         f"rows: {sum(rows_known):,}{unknown}",
-        f"text: about {plan.text_bytes:,} bytes in {len(plan.units):,} units",
+        f"text: about {plan.text_bytes:,} bytes in {counted(len(plan.units), 'unit')}",
         f"tokens: about {plan.text_bytes * mean:,.0f} +- {plan.text_bytes * error:,.0f}",
         f"output: about {plan.text_bytes * mean * width:,.0f} bytes as {plan.token_dtype}",
         f"time: about {in_words(work_s)} on {cpus} CPUs with engine {engine}",

@@ -10,29 +10,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from pretrainkit.errors import DatasetError
 from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, write_index
-from pretrainkit.metadata import METADATA_FILENAME, DatasetInfo
+from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.plan import Plan
-from pretrainkit.records import RECORDS_FOLDER, UnitRecord, add_counts, record_name
+from pretrainkit.records import RECORDS_FOLDER, SPLITS, UnitRecord, add_counts, record_name
 from pretrainkit.storage import (
     filesystem,
     folder_lock,
     fsync_folder,
     is_remote,
     join,
+    process_mark,
     read_bytes,
     remove,
+    sweep_drafts,
     write_atomic,
 )
 from pretrainkit.tokenizers.folder import copy_tokenizer
-from pretrainkit.units.work import STAGE_PREFIX, process_mark
+from pretrainkit.units.work import STAGE_PREFIX
 
 
 def node_folders(output_dir: str, split: str) -> list[str]:
@@ -110,8 +112,8 @@ def finish_node(output_dir: str, node: str, plan: Plan, tokenizer_dir: Path) -> 
             records = read_records(folder, plan.id)
             if not is_remote(folder):
                 fsync_folder(join(folder, RECORDS_FOLDER))
-            _write_dataset(folder, split, records, plan)
-            _copy_tokenizer(tokenizer_dir, join(folder, "tokenizer"))
+            _copy_tokenizer(tokenizer_dir, join(folder, TOKENIZER_FOLDER))
+            _write_dataset(folder, split, records, plan)  # its index comes last: what has one is complete
 
 
 def _write_dataset(folder: str, split: str, records: list[UnitRecord], plan: Plan) -> None:
@@ -162,17 +164,24 @@ def fetch_tokenizer(source: str) -> Path:
     return local
 
 
-def sweep_stages(output_dir: str, nodes: Iterable[str] | None = None) -> None:
-    """Remove the staging folders of dead processes of this machine; others' are left alone."""
-    base = Path(output_dir) / "train"
-    prefix = f"{STAGE_PREFIX}{socket.gethostname()}-"
-    for node in sorted(entry.name for entry in os.scandir(base) if entry.is_dir()) if base.is_dir() else ():
-        if nodes is not None and node not in nodes:
-            continue
-        for stage in (base / node).glob(f"{prefix}*"):
-            pid, _, rest = stage.name.removeprefix(prefix).partition("-")
-            if pid.isdigit() and process_mark(int(pid)) != f"{pid}-{rest.partition('-')[0]}":
-                shutil.rmtree(stage, ignore_errors=True)
+def sweep(output_dir: str) -> None:
+    """Remove what dead processes of this machine left: folders of unfinished units and drafts of small files.
+
+    Other machines' are left alone, and so is everything that does not bear one of our own names.
+    """
+    stage = re.compile(
+        rf"{re.escape(f'{STAGE_PREFIX}{socket.gethostname()}')}-(?P<mark>(?P<pid>\d+)-\d+)-\d+-\w{{8}}", re.ASCII
+    )
+    base = Path(output_dir)
+    nodes = sorted(path for split in SPLITS for path in (base / split).glob("*") if path.is_dir())
+    for node in nodes:
+        for path in sorted(node.glob(f"{STAGE_PREFIX}*")):
+            found = stage.fullmatch(path.name)
+            if found is not None and process_mark(int(found["pid"])) != found["mark"]:
+                shutil.rmtree(path, ignore_errors=True)
+    for folder in (base, *nodes):
+        sweep_drafts(folder)
+        sweep_drafts(folder / TOKENIZER_FOLDER)
 
 
 def discard_records(output_dir: str, plan: Plan) -> None:

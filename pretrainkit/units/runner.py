@@ -25,7 +25,7 @@ from pretrainkit.documents import DocumentBatch, read_range, unusable
 from pretrainkit.errors import DatasetError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
 from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
-from pretrainkit.storage import fsync_folder, is_remote, join, publish, read_bytes, storage_errors
+from pretrainkit.storage import fsync_folder, is_remote, join, process_mark, publish, read_bytes, storage_errors
 from pretrainkit.tokenizers import AUTO, EncodedDocuments
 from pretrainkit.tokenizers.auto import (
     EngineDisprovedError,
@@ -38,7 +38,7 @@ from pretrainkit.tokenizers.folder import special_ids
 from pretrainkit.tokenizers.gigatoken import return_free_memory, string_buffers
 from pretrainkit.units.boundaries import Boundaries, TokenArray
 from pretrainkit.units.chunks import ChunkWriter
-from pretrainkit.units.work import STAGE_PREFIX, Job, UnitResult, process_mark
+from pretrainkit.units.work import STAGE_PREFIX, Job, UnitResult
 
 _MAX_FAILURES_RECORDED = 1000
 # One document of each 4 MiB batch, of at most this size, is encoded by the reference too: some 1 % of the time.
@@ -247,10 +247,11 @@ class UnitRunner:
             with tempfile.TemporaryDirectory(prefix="pretrainkit-") as folder:
                 yield Path(folder)
             return
-        name = f"{STAGE_PREFIX}{socket.gethostname()}-{process_mark(os.getpid())}-{index}"
-        stage = Path(self._job.output_dir) / "train" / self._node / name
-        shutil.rmtree(stage, ignore_errors=True)  # of an attempt of ours that was interrupted
-        stage.mkdir(parents=True)
+        node = Path(self._job.output_dir) / "train" / self._node
+        node.mkdir(parents=True, exist_ok=True)
+        # A name of its own: the clean-up of an attempt of ours that failed may come when the next one is under way.
+        prefix = f"{STAGE_PREFIX}{socket.gethostname()}-{process_mark(os.getpid())}-{index}-"
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=node))
         try:
             yield stage
         finally:

@@ -7,7 +7,6 @@ planning load neither NumPy nor an engine.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pretrainkit.documents import OnBadInput
 from pretrainkit.records import Failure
@@ -50,16 +49,3 @@ class UnitResult:
     """Where bad input stood."""
     disproved: str | None = None
     """The document on which the fast engine was found wrong, or None; such a unit is not committed."""
-
-
-def process_mark(pid: int) -> str | None:
-    """`pid-start` of a living process of this machine, None for a dead one.
-
-    The time it started tells it from a later process that was given the same number.
-    """
-    try:
-        # Source: proc(5), stat: the state follows the name in brackets (Z, X: dead), the start comes 19 later.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else f"{pid}-{fields[19]}"
