@@ -8,11 +8,12 @@ runs in fresh processes, one per core, that load what they need, wait for each o
 left out. The ways:
 
     ours      the work units of `optimize_dataset`, fsync and checksums included
-    stock     pyarrow -> pandas -> litgpt's Tokenizer.encode per document -> litdata's BinaryWriter (--stock_mb of text)
+    stock     pyarrow -> pandas -> litgpt's Tokenizer.encode per document -> litdata's BinaryWriter, on a sample
     decode    floor 1: decode the text column, write the ids' bytes
     engine    the tokenizer engine alone, on text in memory; floor 2 is decode + engine
 
-`whole` compares the whole commands, start-up included, on all cores: `optimize_dataset.py` and `litdata.optimize`.
+The sample is every n-th document of the corpus, --sample_mb of text: the slow ways are steady, ours is measured on all.
+`--whole` compares the whole commands, start-up included, on all cores: `optimize_dataset.py` and `litdata.optimize`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def read_batches(corpus: Path, column: str, share: int, shares: int) -> Iterator
 def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any) -> tuple[float, int]:
     """(seconds, tokens) of our units."""
     from pretrainkit.plan import Plan
+    from pretrainkit.tokenizers.folder import special_ids
     from pretrainkit.units.runner import UnitRunner
     from pretrainkit.units.work import Job
 
@@ -74,6 +76,7 @@ def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: i
         train_root=str(options.corpus),
         val_root=str(options.corpus),
         tokenizer_dir=str(tokenizer),
+        special_ids=special_ids(tokenizer, plan.tokenizer),
     )
     runner = UnitRunner(job, f"node{share}")
     units = range(share, len(plan.units), shares)
@@ -84,7 +87,7 @@ def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: i
 
 
 def run_stock(options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any) -> tuple[float, int]:
-    """(seconds, tokens) of the usual recipe, on the first --stock_mb of this share."""
+    """(seconds, tokens) of the usual recipe, on this share of the sample."""
     import pyarrow.parquet as pq
     import torch
     from litdata.streaming.item_loader import TokensLoader
@@ -99,19 +102,14 @@ def run_stock(options: argparse.Namespace, tokenizer: Path, share: int, shares: 
     writer._rank = share
     barrier.wait()
     start = CLOCKS[options.clock]()
-    tokens = documents = size = 0
-    for path, group in row_groups(options.corpus, share, shares):
+    tokens = documents = 0
+    for path, group in row_groups(options.sample, share, shares):
         frame = pq.ParquetFile(path).read_row_group(group, columns=[options.text_column], use_threads=False).to_pandas()
         for text in frame[options.text_column]:
             ids = encoder.encode(text, eos=True).to(torch.int32)
             writer.add_item(documents, ids)
             tokens += len(ids)
             documents += 1
-            size += len(text)
-            if size > options.stock_mb * 1e6 / shares:
-                break
-        if size > options.stock_mb * 1e6 / shares:
-            break
     writer.done()
     return CLOCKS[options.clock]() - start, tokens
 
@@ -260,6 +258,20 @@ def measure_whole(options: argparse.Namespace, tokenizer: Path, cores: int) -> t
     return seconds[0], seconds[1]
 
 
+def write_sample(options: argparse.Namespace, megabytes: float) -> None:
+    """Every n-th document of the corpus as a corpus of its own, a row group for each core."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    batches = read_batches(options.corpus, options.text_column, 0, 1)
+    documents = pa.chunked_array([batch.cast(pa.large_string()) for batch in batches])
+    step = max(1, round(megabytes / options.sample_mb))
+    chosen = documents.take(pa.array(range(step // 2, len(documents), step)))
+    options.sample.mkdir()
+    rows = -(-len(chosen) // max(options.cores))
+    pq.write_table(pa.table({options.text_column: chosen}), options.sample / "sample.parquet", row_group_size=rows)
+
+
 def text_megabytes(corpus: Path, column: str) -> float:
     """Megabytes of text in the corpus."""
     return sum(batch.nbytes for batch in read_batches(corpus, column, 0, 1)) / 1e6
@@ -322,7 +334,7 @@ def main() -> None:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--cores", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--stock_mb", type=float, default=4.0, help="text the stock recipe gets; its rate is steady")
+    parser.add_argument("--sample_mb", type=float, default=8.0, help="text the slow ways get")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: for a machine that others use too")
     parser.add_argument("--whole", action="store_true", help="also compare the whole commands, on all the text")
@@ -334,7 +346,9 @@ def main() -> None:
             options.tokenizer = options.tokenizer or [small]
         options.corpus = options.corpus.resolve()
         options.scratch = str(Path(folder) / "scratch")
+        options.sample = Path(folder) / "sample"
         megabytes = text_megabytes(options.corpus, options.text_column)
+        write_sample(options, megabytes)
         machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
         text = f"{megabytes:.0f} MB of text in {len(shards(options.corpus))} files"
         print(f"{machine}; {text}; medians of {options.repeats}, {options.clock} time")

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pretrainkit.arrow import concat, string_array, string_buffers
 from pretrainkit.errors import ConfigError, TokenizerError
 from pretrainkit.metadata import TokenizerInfo
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments
 from pretrainkit.tokenizers.auto import check_equal, load_engine, reference_engine
-from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer, special_ids
-from pretrainkit.tokenizers.gigatoken import string_buffers
+from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer, special_ids, split_added_tokens
 from pretrainkit.tokenizers.torture import torture_texts
 from pretrainkit.units.boundaries import Boundaries
 from tests.conftest import BOS, EOS, SENTENCES, make_texts
@@ -216,8 +216,40 @@ def test_documents_with_a_forbidden_id_are_found(forbidden):
     assert boundaries.forged(EncodedDocuments(allowed, np.array([0, len(allowed)]))).tolist() == []
 
 
+@pytest.mark.parametrize("order", ["as saved", "vocabulary first", "no added tokens"])
+def test_added_tokens_are_found_wherever_they_stand(order, tokenizer_dir, tmp_path):
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    # A vocabulary may say anything, and what stands deeper is not meant.
+    content["model"]["vocab"]['"added_tokens": [1]'] = 4000
+    content["model"]["added_tokens"] = [1, 2]
+    expected = content["added_tokens"]
+    if order == "vocabulary first":
+        content = {"model": content.pop("model"), **content}
+    if order == "no added tokens":
+        expected = content.pop("added_tokens") and []
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    before, tokens, after = split_added_tokens(path)
+    assert tokens == expected
+    assert json.loads(before + json.dumps(["x"]) + after) == {**content, "added_tokens": ["x"]}
+    path.write_text('{"added_tokens": [}')
+    with pytest.raises(TokenizerError, match="is not JSON"):
+        split_added_tokens(path)
+
+
 def test_string_buffers_of_empty_and_sliced_arrays():
     offsets, characters = string_buffers(pa.array(["", ""]))
     assert (offsets.tolist(), characters.tolist()) == ([0, 0, 0], [])
     offsets, characters = string_buffers(pa.array(["xx", "ab", "c"]).slice(1))
     assert (offsets.tolist(), bytes(characters)) == ([0, 2, 3], b"abc")
+
+
+def test_string_arrays_are_those_of_pyarrow():
+    texts = ["", "a", "\0", "\u3042\U0001f600", ""]
+    assert string_array(texts).equals(pa.array(texts, pa.large_string()))
+    assert string_array([]).equals(pa.array([], pa.large_string()))
+    with pytest.raises(UnicodeEncodeError):
+        string_array(["\ud800"])
+    small, large = pa.array(["a", "b"]).slice(1), pa.array(["c"], pa.large_string())
+    assert concat([small, small]).to_pylist() == ["b", "b"]
+    assert concat([small, large]).equals(string_array(["b", "c"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pretrainkit.arrow import string_buffers
 from pretrainkit.documents import DocumentBatch
 from pretrainkit.records import Failure
 
@@ -17,8 +18,8 @@ def clean(column: Any, locate: Callable[[int, str, str], Failure], failures: tup
         locate: (row in `column`, reason, detail) -> a located failure.
         failures: Rows that the reader has refused already; they are not in `column`, and are counted by their reason.
     """
+    import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     column = _as_strings(column)
     rows = len(column) + len(failures)
@@ -34,11 +35,10 @@ def clean(column: Any, locate: Callable[[int, str, str], Failure], failures: tup
     if column.null_count:
         dropped["null"] = column.null_count
         column = column.drop_null()
-    is_empty = pc.equal(pc.binary_length(column), 0)
-    num_empty = is_empty.true_count
-    if num_empty:
-        dropped["empty"] = num_empty
-        column = column.filter(pc.invert(is_empty))
+    has_text = np.diff(string_buffers(column)[0]) > 0
+    if not has_text.all():
+        dropped["empty"] = int((~has_text).sum())
+        column = column.filter(pa.array(has_text))
     return DocumentBatch(texts=column, rows=rows, dropped=dropped, failures=failures)
 
 

@@ -27,7 +27,7 @@ from pretrainkit.records import Failure, UnitRecord, add_counts
 from pretrainkit.statistics import counted
 from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
-from pretrainkit.tokenizers.folder import copy_tokenizer
+from pretrainkit.tokenizers.folder import copy_tokenizer, special_ids
 from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep
 from pretrainkit.units.work import Job, UnitResult
 
@@ -127,6 +127,7 @@ class Optimization:
             train_root=_absolute(self._inputs.roots["train"]),
             val_root=_absolute(self._inputs.roots["val"]),
             tokenizer_dir=os.path.abspath(self._tokenizer_dir),
+            special_ids=special_ids(self._tokenizer_dir, plan.tokenizer),
             on_bad_input=self._on_bad_input,
         )
         total = sum(plan.units[unit].text_bytes for unit in mine)

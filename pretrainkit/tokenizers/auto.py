@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrainkit.arrow import string_array
 from pretrainkit.errors import TokenizerError
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments, Engine
-from pretrainkit.tokenizers.folder import parse_tokenizer_json, tokenizer_file
+from pretrainkit.tokenizers.folder import split_added_tokens, tokenizer_file
 from pretrainkit.tokenizers.torture import torture_texts
 
 logger = logging.getLogger(__name__)
@@ -50,14 +51,12 @@ def choose_engine(tokenizer_dir: Path, sample: Sequence[str]) -> str:
         tokenizer_dir: Tokenizer folder.
         sample: Some of the user's own documents.
     """
-    import pyarrow as pa
-
     name = reference_engine(tokenizer_dir)
     reference = load_engine(name, tokenizer_dir)
     try:
         fast = load_engine(FAST_ENGINE, tokenizer_dir)
         texts = [*torture_texts(_special_tokens(tokenizer_dir)), *sample]
-        check_equal(fast, reference, pa.array(texts, pa.large_string()))
+        check_equal(fast, reference, string_array(texts))
     except TokenizerError as error:
         logger.warning("engine auto: falling back from %s to %s, which is slower: %s", FAST_ENGINE, name, error)
         return name
@@ -103,7 +102,6 @@ def _special_tokens(tokenizer_dir: Path) -> list[str]:
     kind, path = tokenizer_file(tokenizer_dir)
     if kind == "sentencepiece":
         return ["<s>", "</s>", "<unk>", "<pad>"]
-    content = parse_tokenizer_json(path.read_bytes(), path)
-    tokens = [token["content"] for token in content.get("added_tokens") or []]
+    tokens = [token["content"] for token in split_added_tokens(path)[1]]
     # The first and the last: BOS and EOS stand at one of the ends, reserved ones fill the middle.
     return tokens if len(tokens) <= 48 else tokens[:24] + tokens[-24:]

@@ -6,8 +6,10 @@ loading a tokenizer library. Guarantee: the hash covers the bytes that define th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ _FILES = (
     "config.json",
 )
 _LARGEST_UINT16_VOCABULARY = 1 << 16
+# In JSON a quote inside a string is escaped, so this is a key and its list.
+_ADDED_TOKENS = re.compile(r'(?<!\\)"added_tokens"\s*:\s*(?=\[)')
 
 
 def tokenizer_file(folder: Path) -> tuple[TokenizerKind, Path]:
@@ -62,7 +66,7 @@ def read_tokenizer(folder: Path) -> TokenizerInfo:
     name = folder.resolve().name
     if kind == "sentencepiece":
         return _read_sentencepiece(folder, path, sha256)
-    ids = token_ids(parse_tokenizer_json(data, path))
+    ids = token_ids(parse_tokenizer_json(path))
     if not ids:
         raise TokenizerError(f"{path} has no vocabulary; give a whole tokenizer")
     bos, eos = (_marker_id(folder, marker, ids) for marker in ("bos", "eos"))
@@ -78,19 +82,48 @@ def _read_sentencepiece(folder: Path, path: Path, sha256: str) -> TokenizerInfo:
     return TokenizerInfo(name=folder.resolve().name, sha256=sha256, vocab_size=size, bos_id=bos, eos_id=eos)
 
 
-def parse_tokenizer_json(data: bytes, source: Path) -> dict[str, Any]:
-    """The mapping in tokenizer.json.
+def parse_tokenizer_json(path: Path) -> dict[str, Any]:
+    """The mapping in tokenizer.json; shared, so leave it as it is.
 
     Raises:
         TokenizerError: Not JSON, or not a tokenizer.
     """
+    status = path.stat()
+    return _parse_version(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=1)  # a vocabulary of 128,000 takes a third of a second
+def _parse_version(path: Path, _version: tuple[int, ...]) -> dict[str, Any]:
     try:
-        content = json.loads(data)
+        content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise TokenizerError(f"{source} is not JSON ({error}); fetch the tokenizer again") from error
+        raise TokenizerError(f"{path} is not JSON ({error}); fetch the tokenizer again") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise TokenizerError(f"{source} is not a tokenizer of Hugging Face tokenizers: it has no `model`")
+        raise TokenizerError(f"{path} is not a tokenizer of Hugging Face tokenizers: it has no `model`")
     return content
+
+
+def split_added_tokens(path: Path) -> tuple[str, list[dict[str, Any]], str]:
+    """tokenizer.json before its `added_tokens`, these tokens, and the file after them.
+
+    The vocabulary, which is nearly all of the file and comes last, is not parsed.
+
+    Raises:
+        TokenizerError: Not JSON, or not a tokenizer.
+    """
+    text = path.read_text(encoding="utf-8")
+    found = _ADDED_TOKENS.search(text)
+    if found is not None:
+        try:
+            # With the rest left out, what comes before the key is an object by itself: the key stands on the top level.
+            json.loads(text[: found.start()].rstrip().removesuffix(",") + "}")
+            tokens, end = json.JSONDecoder().raw_decode(text, found.end())
+            return text[: found.end()], tokens, text[end:]
+        except ValueError:
+            pass
+    content = dict(parse_tokenizer_json(path))
+    tokens = content.pop("added_tokens", None) or []
+    return '{"added_tokens": ', tokens, ", " + json.dumps(content)[1:]
 
 
 def token_ids(content: dict[str, Any]) -> dict[str, int]:
@@ -110,7 +143,7 @@ def special_ids(folder: Path, info: TokenizerInfo) -> tuple[int, ...]:
 
         model = load_model(path)
         return tuple(sorted(found | {i for i in range(info.vocab_size) if model.is_control(i)}))
-    content = parse_tokenizer_json(path.read_bytes(), path)
+    content = parse_tokenizer_json(path)
     unknown = content["model"].get("unk_token")
     if unknown is None and isinstance(content["model"].get("unk_id"), int):  # Unigram names the id
         unknown = next((t for t, i in token_ids(content).items() if i == content["model"]["unk_id"]), None)

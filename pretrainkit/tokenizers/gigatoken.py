@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from pretrainkit.arrow import string_buffers
 from pretrainkit.errors import TokenizerError
 from pretrainkit.tokenizers import EncodedDocuments
-from pretrainkit.tokenizers.folder import parse_tokenizer_json, tokenizer_file
+from pretrainkit.tokenizers.folder import split_added_tokens, tokenizer_file
 
-# The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the old and
-# the new table side by side for a moment, and longer words apart. A worker has 1 GB in all, so a table of 2^23 entries
-# (268 MB, while it grows 403 MB) must be the last. Real text comes there after gigabytes, random words after 25 MB.
-# Source: gigatoken's src/bpe/pretoken_cache.rs, and resident memory measured on random words.
+# The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the
+# old and the new one side by side for a moment, and longer words apart. A worker has 1 GB in all, so a table of 2^23
+# entries (268 MB, and 134 MB more while it grows) is the last. Real text comes there after gigabytes, random words after
+# 25 MB. Source: gigatoken's src/bpe/pretoken_cache.rs, and resident memory measured on random words.
 _LARGEST_TABLE_GROWTH_BYTES = 100 << 20
 # What else grows (long words, the batches and chunks of this process) has this much room since the engine was loaded.
 _RELOAD_AFTER_GROWTH_BYTES = 448 << 20
@@ -103,31 +104,15 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def string_buffers(documents: Any) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Offsets (documents + 1,) and characters of an Arrow string array; the characters are not copied."""
-    import pyarrow as pa
-
-    wide = pa.types.is_large_string(documents.type) or pa.types.is_large_binary(documents.type)
-    _, offsets_buffer, data = documents.buffers()
-    offsets = np.frombuffer(offsets_buffer, dtype=np.int64 if wide else np.int32)
-    offsets = offsets[documents.offset : documents.offset + len(documents) + 1]
-    if data is None:  # nothing but empty strings
-        return np.zeros(len(documents) + 1, dtype=np.int64), np.zeros(0, dtype=np.uint8)
-    characters = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]]
-    return offsets.astype(np.int64) - int(offsets[0]), characters
-
-
 def _definition(path: Path) -> str:
-    return _without_special_tokens(parse_tokenizer_json(path.read_bytes(), path))
+    before, added, after = split_added_tokens(path)
+    # Text is text: a token that is not registered cannot be found in a document.
+    return before + json.dumps([token for token in added if not token.get("special")]) + after
 
 
 def _converted_definition(path: Path) -> str:
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
-    return _without_special_tokens(json.loads(sentencepiece_to_tokenizer_json(path.read_bytes())))
-
-
-def _without_special_tokens(content: dict[str, Any]) -> str:
-    # Text is text: a token that is not registered cannot be found in a document.
+    content = json.loads(sentencepiece_to_tokenizer_json(path.read_bytes()))
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     return json.dumps(content)

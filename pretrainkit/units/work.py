@@ -29,6 +29,8 @@ class Job:
     """The same for explicit validation shards."""
     tokenizer_dir: str
     """Local tokenizer folder."""
+    special_ids: tuple[int, ...]
+    """Ids that no text may give; found once by the driver, for it takes a parse of the whole vocabulary."""
     on_bad_input: OnBadInput = "fail"
     """"fail": a unit with bad input is not committed; "skip": it is, and counts what it left out."""
 
