@@ -8,6 +8,7 @@ returns or raises, none of its processes is left.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pretrainkit.registry import Registry
@@ -43,6 +44,15 @@ class Executor(Protocol):
 
     def share(self, units: Sequence[int]) -> list[int]:
         """The units of the whole plan that are this process's to do."""
+
+    def warm_up(self, tokenizer_dir: str, engines: Sequence[str], num_units: int) -> AbstractContextManager[None]:
+        """Start what takes long while the job is still being settled; `run` within the block uses it.
+
+        Args:
+            tokenizer_dir: Local tokenizer folder.
+            engines: Names of the engines that workers will probably need.
+            num_units: Units there may be to do.
+        """
 
     def run(self, job: Job, units: Sequence[int], on_result: Callable[[UnitResult], None]) -> None:
         """Do `units`.

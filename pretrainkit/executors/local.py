@@ -49,6 +49,7 @@ class LocalExecutor:
         if num_workers is not None and num_workers < 0:
             raise ConfigError(f"num_workers={num_workers} is negative; give 0 or more, or leave it out for all CPUs")
         self._num_workers = granted_cpus(os.environ) if num_workers is None else num_workers
+        self._warm: _Pool | None = None
 
     def share(self, units: Sequence[int]) -> list[int]:
         """All of them."""
@@ -58,6 +59,20 @@ class LocalExecutor:
         """All node folders: nobody else is there."""
         return []
 
+    @contextlib.contextmanager
+    def warm_up(self, tokenizer_dir: str, engines: Sequence[str], num_units: int) -> Iterator[None]:
+        """See `Executor.warm_up`."""
+        if self._num_workers == 0:
+            yield
+            return
+        pool = _Pool(tokenizer_dir, engines)
+        with pool.running(min(self._num_workers, num_units)):
+            self._warm = pool
+            try:
+                yield
+            finally:
+                self._warm = None
+
     def run(self, job: Job, units: Sequence[int], on_result: Callable[[UnitResult], None]) -> None:
         """See `Executor.run`."""
         node = node_name(os.environ)
@@ -65,8 +80,9 @@ class LocalExecutor:
             for result in UnitRunner(job, node).run_all(units):
                 on_result(result)
             return
-        pool = _Pool(job, node, units)
+        pool, self._warm = self._warm or _Pool(job.tokenizer_dir, ()), None  # a second run starts afresh
         with pool.running(min(self._num_workers, len(units))):
+            pool.begin(job, node, units)
             while pool.unfinished:
                 for result in pool.next_results():
                     on_result(result)
@@ -75,22 +91,31 @@ class LocalExecutor:
 class _Pool:
     """Workers, the queue of units, and the count of deaths."""
 
-    def __init__(self, job: Job, node: str, units: Sequence[int]) -> None:
-        self._hello = (job, node)
-        self._queue = collections.deque(units)
+    def __init__(self, tokenizer_dir: str, engines: Sequence[str]) -> None:
+        self._greetings: list[Any] = [(tokenizer_dir, tuple(engines))]
+        self._queue: collections.deque[int] = collections.deque()
         self._deaths: collections.Counter[int | None] = collections.Counter()  # None: while starting
         self._workers: dict[Connection, _Worker] = {}
-        self.unfinished = len(units)
+        self.unfinished = 0
 
     @contextlib.contextmanager
     def running(self, num_workers: int) -> Iterator[None]:
-        """Workers while the block runs; none afterwards, however it ends."""
+        """At least so many workers while the block runs; none afterwards, however it ends."""
         try:
-            for _ in range(num_workers):
+            while len(self._workers) < num_workers:
                 self._start()
             yield
         finally:
             self._stop_all()
+
+    def begin(self, job: Job, node: str, units: Sequence[int]) -> None:
+        """Give the workers their job."""
+        self._greetings.append((job, node))
+        self._queue.extend(units)
+        self.unfinished = len(units)
+        for connection in self._workers:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end of file comes next
+                connection.send(self._greetings[-1])
 
     def next_results(self) -> Iterator[UnitResult]:
         """Wait until workers have something to say; their results."""
@@ -164,7 +189,8 @@ class _Pool:
         self._workers[connection] = _Worker(process=process, connection=connection)
         # It may have died already; its end of file is waited for.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.send(self._hello)
+            for greeting in self._greetings:
+                connection.send(greeting)
 
     def _stop_all(self) -> None:
         """Close every connection, which ends the workers; kill what does not end."""

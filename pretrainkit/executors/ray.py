@@ -8,11 +8,13 @@ committed is adopted from storage; duplicates are harmless, because a unit's byt
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,10 @@ class RayExecutor:
     def nodes(self) -> list[str]:
         """All node folders."""
         return []
+
+    def warm_up(self, *_: object) -> AbstractContextManager[None]:
+        """Nothing: joining a cluster takes longer than loading engines, and comes when there is work for it."""
+        return contextlib.nullcontext()
 
     def run(self, job: Job, units: Sequence[int], on_result: Callable[[UnitResult], None]) -> None:
         """See `Executor.run`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from pretrainkit.executors.local import LocalExecutor
 from pretrainkit.topology import detect, granted_cpus, node_name
@@ -35,6 +36,10 @@ class StaticExecutor:
     def nodes(self) -> list[str]:
         """This node's folders."""
         return [node_name(os.environ)]
+
+    def warm_up(self, tokenizer_dir: str, engines: Sequence[str], num_units: int) -> AbstractContextManager[None]:
+        """See `Executor.warm_up`."""
+        return self._local.warm_up(tokenizer_dir, engines, len(self.share(range(num_units))))
 
     def run(self, job: Job, units: Sequence[int], on_result: Callable[[UnitResult], None]) -> None:
         """See `Executor.run`."""

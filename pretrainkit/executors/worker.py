@@ -1,8 +1,8 @@
 """A local worker process: `python -m pretrainkit.executors.worker FD`.
 
-Comes in, through a socket: the job and the node's name, then unit numbers and None. Goes out, through the same socket:
-one result per unit, or an error. Guarantee: it dies with its driver, at once, whatever it is doing; Ctrl+C is the
-driver's business.
+Comes in, through a socket: which engines to load, then the job and the node's name, then unit numbers and None. Goes
+out, through the same socket: one result per unit, or an error. Guarantee: it dies with its driver, at once, whatever it
+is doing; Ctrl+C is the driver's business.
 
 A process of its own, started by name, needs no importable `__main__`, inherits no threads, and works from a notebook.
 """
@@ -17,7 +17,7 @@ import threading
 from multiprocessing.connection import Connection
 
 from pretrainkit.errors import PretrainKitError
-from pretrainkit.units.runner import UnitRunner
+from pretrainkit.units.runner import UnitRunner, preload
 
 
 def main(descriptor: int) -> None:
@@ -26,8 +26,10 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_die_with_driver, args=(descriptor,), daemon=True).start()
     connection = Connection(descriptor)
     try:
+        engines = preload(*connection.recv())
         job, node = connection.recv()
-        runner = UnitRunner(job, node)
+        runner = UnitRunner(job, node, engines)
+        del engines  # one that the job does not use goes
         connection.send(None)  # ready
         while True:
             # Units until a None, which asks for what is still in hand.

@@ -26,7 +26,7 @@ from pretrainkit.plan import PLAN_FILENAME, Plan, PlanSettings, make_plan
 from pretrainkit.signals import interruptible
 from pretrainkit.storage import folder_lock, is_remote
 from pretrainkit.tokenizers import AUTO, ENGINES
-from pretrainkit.tokenizers.auto import choose_engine
+from pretrainkit.tokenizers.auto import FAST_ENGINE, choose_engine, reference_engine
 from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer
 from pretrainkit.topology import detect
 
@@ -125,8 +125,13 @@ def optimize_dataset(  # noqa: PLR0913 - these are the command's flags; they are
         plan = make_plan(inputs.files, settings, tokenizer, choose_dtype(tokenizer), on_bad_input)
         if dry_run:
             return _say_estimate(plan, inputs, tokenizer_dir, output_dir, num_workers)
-        plan = _resume_or_choose_engine(plan, inputs, tokenizer_dir, output_dir)
-        with _output_lock(output_dir, runner):
+        with contextlib.ExitStack() as job:
+            if plan_on_disk(output_dir) is None:
+                # Workers take seconds to start: they load what they will need while the engine is being proven.
+                engines = (FAST_ENGINE, reference_engine(tokenizer_dir)) if engine == AUTO else (engine,)
+                job.enter_context(runner.warm_up(os.path.abspath(tokenizer_dir), engines, len(plan.units)))
+            plan = _resume_or_choose_engine(plan, inputs, tokenizer_dir, output_dir)
+            job.enter_context(_output_lock(output_dir, runner))
             return Optimization(inputs, tokenizer_dir, output_dir, on_bad_input, runner, start).run(plan)
 
 

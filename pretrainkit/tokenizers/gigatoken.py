@@ -18,7 +18,7 @@ from pretrainkit.tokenizers.folder import split_added_tokens, tokenizer_file
 
 # The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the
 # old and the new one side by side for a moment, and longer words apart. A worker has 1 GB in all, so a table of 2^23
-# entries (268 MB, and 134 MB more while it grows) is the last. Real text comes there after gigabytes, random words after
+# entries (268 MB, 134 MB more while it grows) is the last. Real text comes there after gigabytes, random words after
 # 25 MB. Source: gigatoken's src/bpe/pretoken_cache.rs, and resident memory measured on random words.
 _LARGEST_TABLE_GROWTH_BYTES = 100 << 20
 # What else grows (long words, the batches and chunks of this process) has this much room since the engine was loaded.

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,11 @@ import numpy as np
 
 from pretrainkit.arrow import string_array, string_buffers
 from pretrainkit.documents import DocumentBatch, read_range, unusable
-from pretrainkit.errors import DatasetError
+from pretrainkit.errors import DatasetError, PretrainKitError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
 from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
 from pretrainkit.storage import fsync_folder, is_remote, join, process_mark, publish, read_bytes, storage_errors
-from pretrainkit.tokenizers import AUTO, EncodedDocuments
+from pretrainkit.tokenizers import AUTO, EncodedDocuments, Engine
 from pretrainkit.tokenizers.auto import (
     EngineDisprovedError,
     check_equal,
@@ -65,24 +65,26 @@ class UnitRunner:
     Args:
         job: Which job.
         node: Name of this node's output folders.
+        preloaded: Engines that are loaded already, by name.
 
     Raises:
         DatasetError: The plan in the output folder is another one.
         TokenizerError: The tokenizer cannot be loaded.
     """
 
-    def __init__(self, job: Job, node: str) -> None:
+    def __init__(self, job: Job, node: str, preloaded: Mapping[str, Engine] | None = None) -> None:
         self._job, self._node = job, node
         text = read_bytes(join(job.output_dir, PLAN_FILENAME)).decode()
         self.plan = Plan.from_json(text, join(job.output_dir, PLAN_FILENAME))
         if self.plan.id != job.plan_id:
             raise DatasetError(f"{job.output_dir} holds another plan now; is a second job writing there?")
         settings, tokenizer_dir = self.plan.settings, Path(job.tokenizer_dir)
-        self._engine = load_engine(self.plan.engine, tokenizer_dir)
+        preloaded = preloaded or {}
+        self._engine = preloaded.get(self.plan.engine) or load_engine(self.plan.engine, tokenizer_dir)
         reference = reference_engine(tokenizer_dir)
         # An engine chosen by name is the user's decision; one chosen by "auto" goes on proving itself.
         checks = settings.engine == AUTO and self.plan.engine != reference
-        self._reference = load_engine(reference, tokenizer_dir) if checks else None
+        self._reference = (preloaded.get(reference) or load_engine(reference, tokenizer_dir)) if checks else None
         return_free_memory()
         self._boundaries = Boundaries(
             settings.boundary,
@@ -298,6 +300,17 @@ class UnitRunner:
         # Its own name is synced when the folder is finished: until then a power cut may take it back, and the unit is
         # done again.
         publish(staged, target)
+
+
+def preload(tokenizer_dir: str, engines: Iterable[str]) -> dict[str, Engine]:
+    """Load engines, and what reading needs, before there is a job; one that cannot be loaded is left to the driver."""
+    import pyarrow.parquet  # noqa: F401 - so that the first unit does not wait for it
+
+    loaded = {}
+    for name in engines:
+        with contextlib.suppress(PretrainKitError):
+            loaded[name] = load_engine(name, Path(tokenizer_dir))
+    return loaded
 
 
 def in_validation(offsets: TokenArray, characters: TokenArray, fraction: float) -> TokenArray:
