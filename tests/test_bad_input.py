@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrainkit.documents import unusable
+from pretrainkit.documents import DocumentBatch, joined, unusable
 from pretrainkit.errors import InputError
 from pretrainkit.optimize import optimize_dataset
+from pretrainkit.records import Failure
 from pretrainkit.units import runner
 from tests.conftest import make_texts, write_parquet
 from tests.test_optimize import documents_of, expected_ids
@@ -297,3 +298,18 @@ def test_what_was_unreadable_for_a_while_is_no_failure_any_more(tmp_path, tokeni
     assert len(failures_of(tmp_path)) == 1
     assert run(tmp_path, tokenizer_dir).documents == {"train": 10}
     assert not (tmp_path / "out/failures.jsonl").exists()
+
+
+def test_small_batches_are_joined_with_their_counts_and_failures(monkeypatch):
+    failure = Failure(shard="a", row_group=0, row=1, reason="bad_row", detail="")
+    batches = [
+        DocumentBatch(texts=pa.array(["aa"]), rows=2, dropped={"bad_row": 1}, failures=(failure,)),
+        DocumentBatch(texts=pa.array([], pa.string()), rows=1, dropped={"null": 1}),
+        DocumentBatch(texts=pa.array(["b", "c"], pa.large_string()), rows=4, dropped={"bad_row": 1, "null": 1}),
+        DocumentBatch(texts=pa.array(["d"]), rows=1),
+    ]
+    monkeypatch.setattr("pretrainkit.documents.BATCH_BYTES", 24)
+    first, last = joined(batches)
+    assert (first.texts.to_pylist(), first.rows) == (["aa", "b", "c"], 7)
+    assert (first.dropped, first.failures) == ({"bad_row": 2, "null": 2}, (failure,))
+    assert (last.texts.to_pylist(), last.rows, last.dropped) == (["d"], 1, {})

@@ -8,12 +8,13 @@ whatever the size of the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pretrainkit.arrow import concat
 from pretrainkit.errors import InputError
-from pretrainkit.records import Failure, SourceRange
+from pretrainkit.records import Failure, SourceRange, add_counts
 from pretrainkit.statistics import counted
 from pretrainkit.storage import ListedFile
 
@@ -117,4 +118,27 @@ def refuse_all_bad(problems: list[tuple[str, str]]) -> InputError:
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return InputError(
         f"{counted(len(problems), 'input file')} cannot be used: {shown}{more}. --on_bad_input=skip goes on without"
+    )
+
+
+def joined(batches: Iterable[DocumentBatch]) -> Iterator[DocumentBatch]:
+    """Batches of at least BATCH_BYTES, but for the last: each has fixed costs, and row groups may be small."""
+    waiting: list[DocumentBatch] = []
+    size = 0
+    for batch in batches:
+        waiting.append(batch)
+        size += batch.texts.nbytes
+        if size >= BATCH_BYTES:
+            yield _join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(batches: list[DocumentBatch]) -> DocumentBatch:
+    return DocumentBatch(
+        texts=concat([batch.texts for batch in batches]),
+        rows=sum(batch.rows for batch in batches),
+        dropped=add_counts([batch.dropped for batch in batches]),
+        failures=tuple(failure for batch in batches for failure in batch.failures),
     )

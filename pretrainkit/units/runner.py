@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pretrainkit.arrow import string_array, string_buffers
-from pretrainkit.documents import DocumentBatch, read_range, unusable
+from pretrainkit.documents import DocumentBatch, joined, read_range, unusable
 from pretrainkit.errors import DatasetError, PretrainKitError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
 from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
@@ -160,7 +160,7 @@ class UnitRunner:
                 yield unusable(source, shard.problem), shard.name
                 continue
             path = join(self._job.val_root if shard.split == "val" else self._job.train_root, shard.name)
-            for batch in read_range(path, source, self.plan.settings.text_column):
+            for batch in joined(read_range(path, source, self.plan.settings.text_column)):
                 yield batch, shard.name
 
     def _take(
