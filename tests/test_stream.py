@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import shutil
 
 import fsspec
 import numpy as np
@@ -17,6 +19,7 @@ from pretrainkit.models.documents import DocumentBoundary
 from pretrainkit.stream import (
     BlockLoader,
     BlockSource,
+    Cursor,
     Mixture,
     PretrainDataset,
     SourceOrder,
@@ -26,6 +29,7 @@ from pretrainkit.stream import (
 )
 from pretrainkit.stream import order as order_module
 from pretrainkit.stream import source as source_module
+from pretrainkit.stream.cursor import differences
 
 BLOCK = 8  # tokens per block, so block_size is 7
 
@@ -48,7 +52,7 @@ def write_dataset(folder, blocks_per_chunk=(5, 4, 7), dtype="uint16", first_toke
         path = folder / f"chunk-0-{index}.bin"
         write_chunk(path, tokens, np.array([1, len(tokens)]))
         entries.append(ChunkEntry(path.name, path.stat().st_size, 2, len(tokens)))
-    write_index(folder, entries, dtype, 1 << 20)
+    write_index(folder, entries, dtype, 1 << 20, fingerprint=str(first_token))
     if info:
         tokenizer = TokenizerInfo(
             name="tiny", sha256=changes.pop("sha256", "a" * 64), vocab_size=60_001, bos_id=1, eos_id=2
@@ -71,7 +75,7 @@ def global_order(sources, steps, *, world_size=1, micro_batch=2, global_batch=8,
     """Block numbers of every step, in global order, and the digests summed over ranks."""
     order = [[None] * world_size for _ in range(steps)]
     digest = 0
-    start = options.get("start_step", 0)
+    start = options.get("start_sample", 0)
     for rank in range(world_size):
         loader = BlockLoader(
             sources,
@@ -84,10 +88,14 @@ def global_order(sources, steps, *, world_size=1, micro_batch=2, global_batch=8,
         for step in range(steps):
             batches = [next(loader)["tokens"] for _ in range(loader.micro_batches_per_step)]
             order[step][rank] = [n for batch in batches for n in batch[:, 0].tolist()]
-            assert loader.step == start + step + 1
+            assert loader.next_sample == start + (step + 1) * global_batch
         digest = (digest + loader.digest()) % 2**63
         loader.close()
     return [[n for part in step for n in part] for step in order], digest
+
+
+def flat(order):
+    return [token for step in order for token in step]
 
 
 def test_blocks_are_the_chunks_cut_without_overlap(dataset):
@@ -161,9 +169,19 @@ def test_restart_continues_the_order(dataset):
     sources = [BlockSource(dataset, block_size=BLOCK - 1)]
     whole, digest = global_order(sources, 9)
     first, first_digest = global_order(sources, 4)
-    rest, rest_digest = global_order(sources, 5, start_step=4, world_size=2)
+    rest, rest_digest = global_order(sources, 5, start_sample=32, world_size=2)
     assert first + rest == whole
     assert (first_digest + rest_digest) % 2**63 == digest
+
+
+def test_another_batch_size_goes_on_with_the_next_sample(dataset):
+    sources = [BlockSource(dataset, block_size=BLOCK - 1)]
+    whole, digest = global_order(sources, 9)
+    first, first_digest = global_order(sources, 3, micro_batch=1, global_batch=5)
+    second, second_digest = global_order(sources, 4, start_sample=15, global_batch=12, world_size=3)
+    third, third_digest = global_order(sources, 1, start_sample=63, micro_batch=9, global_batch=9)
+    assert flat(first + second + third) == flat(whole)
+    assert (first_digest + second_digest + third_digest) % 2**63 == digest
 
 
 def test_digest_depends_on_tokens_and_their_order(dataset, tmp_path):
@@ -200,13 +218,93 @@ def test_mixture_of_odd_weights_is_right_to_one_in_a_million():
 def test_mixture_of_datasets_is_the_same_on_any_topology_and_counts_its_tokens(tmp_path):
     folders = [write_dataset(tmp_path / name / "train", first_token=start) for name, start in (("a", 0), ("b", 1000))]
     sources = open_sources({str(folder.parent): 1.0 for folder in folders}, "train", BLOCK - 1)
-    expected, digest = global_order(sources, 6, weights=[3, 1])
-    assert global_order(sources, 6, weights=[3, 1], world_size=4, num_workers=8) == (expected, digest)
-    assert sum(token >= 1000 for step in expected for token in step) == 12
-    loader = BlockLoader(sources, weights=[3, 1], micro_batch_size=8, global_batch_size=8)
-    assert loader.tokens_per_source(6) == {str(folders[0]): 36 * 7, str(folders[1]): 12 * 7}
+    cursor = Cursor.begin(sources, [3, 1])
+    expected, digest = global_order(sources, 6, cursor=cursor)
+    assert global_order(sources, 6, cursor=cursor, world_size=4, num_workers=8) == (expected, digest)
+    assert sum(token >= 1000 for token in flat(expected)) == 12
+    loader = BlockLoader(sources, cursor=cursor, micro_batch_size=8, global_batch_size=8, num_workers=0)
     assert set(loader.tokens_per_source().values()) == {0}
+    for _ in range(6):
+        next(loader)
+    assert loader.tokens_per_source() == {str(folders[0]): 36 * 7, str(folders[1]): 12 * 7}
     assert loader.num_blocks == 32
+
+
+@pytest.fixture
+def three_sources(tmp_path):
+    """Sources of 16 blocks whose tokens begin at 0, 1000 and 2000."""
+    for index, name in enumerate("abc"):
+        write_dataset(tmp_path / name / "train", first_token=1000 * index)
+    return open_sources({str(tmp_path / name): 1.0 for name in "abc"}, "train", BLOCK - 1)
+
+
+def taken(order, first_token):
+    """Of one of the three sources: its blocks' first tokens, in the order taken."""
+    return [token for token in flat(order) if first_token <= token < first_token + 1000]
+
+
+def test_a_changed_mixture_goes_on_in_every_source_where_it_was(three_sources):
+    a, b, c = three_sources
+    single = [flat(global_order([source], 8, cursor=alone(source, order))[0]) for order, source in enumerate((a, b, c))]
+
+    first = Cursor.begin([a, b], [3, 1])
+    order, _ = global_order([a, b], 3, cursor=first)  # 24 samples: 18 of a, 6 of b
+    second = first.go_on(24, [c, b], [1, 1])  # a goes, c comes, b has another weight and another place
+    order += global_order([c, b], 2, cursor=second, start_sample=24, global_batch=6)[0]
+    third = second.go_on(36, [a, b], [1, 2])  # a comes back, c goes
+    order += global_order([a, b], 3, cursor=third, start_sample=36)[0]
+
+    assert [len(taken(order, first_token)) for first_token in (0, 1000, 2000)] == [18 + 8, 6 + 6 + 16, 6]
+    for blocks, first_token in zip(single, (0, 1000, 2000), strict=True):
+        mine = taken(order, first_token)
+        assert mine == blocks[: len(mine)]
+    assert [(s.folder, s.order, s.samples, s.tokens, s.weight) for s in third.after(60)] == [
+        (a.folder, 0, 26, 26 * 7, 1), (b.folder, 1, 28, 28 * 7, 2), (c.folder, 2, 6, 6 * 7, 0),
+    ]  # fmt: skip
+    assert Cursor.from_dict(json.loads(json.dumps(dataclasses.asdict(third)))) == third
+
+
+def alone(source, order):
+    """The cursor of one source that keeps its order in the mixture."""
+    cursor = Cursor.begin([source], [1.0])
+    return dataclasses.replace(cursor, sources=(dataclasses.replace(cursor.sources[0], order=order),))
+
+
+def test_a_mixture_that_stays_keeps_its_pattern(three_sources):
+    cursor = Cursor.begin(three_sources, [3, 2, 1])
+    assert cursor.go_on(17, three_sources, [3, 2, 1]) == cursor
+    assert cursor.go_on(17, three_sources, [6, 4, 2]).since == 0  # the same shares
+    assert cursor.go_on(17, three_sources, [3, 1, 1]).since == 17
+    assert differences(cursor, cursor.go_on(17, three_sources, [3, 2, 1])) == []
+
+
+def test_what_is_different_in_the_data_is_said(three_sources):
+    a, b, c = three_sources
+    before = Cursor.begin([a, b], [3, 1])
+    assert differences(before, before.go_on(24, [b, c], [1, 1])) == [
+        f"{b.folder} has a share of 0.5 instead of 0.25, going on after 6 blocks of it",
+        f"{c.folder} is read too, beginning after 0 blocks of it",
+        f"{a.folder} is not read any more, after 18 blocks of it",
+    ]
+    longer = open_sources({a.folder: 1.0, b.folder: 1.0}, "train", 2 * BLOCK - 1)
+    assert differences(before, before.go_on(24, longer, [3, 1])) == [
+        (
+            "blocks have 15 tokens instead of 7; cut and ordered anew, what is left of this pass repeats some text and "
+            "leaves out other"
+        )
+    ]
+
+
+def test_a_dataset_that_was_moved_goes_on_and_one_given_twice_is_two(dataset, tmp_path):
+    source = BlockSource(dataset, BLOCK - 1)
+    before = Cursor.begin([source, source], [1, 3])
+    assert [place.order for place in before.sources] == [0, 1]
+    shutil.copytree(dataset, tmp_path / "moved")
+    moved = BlockSource(tmp_path / "moved", BLOCK - 1)
+    after = before.go_on(8, [moved, moved], [1, 3])
+    assert [(place.folder, place.order) for place in after.sources] == [(moved.folder, 0), (moved.folder, 1)]
+    assert [place.samples for place in after.after(8)] == [2, 6]
+    assert after.since == 0
 
 
 def test_batch_arithmetic_that_does_not_divide_is_refused(dataset):

@@ -4,7 +4,8 @@ Comes in: opened sources, their weights, and this rank's place. Goes out: this r
 without end. Guarantee: step s covers the same global samples on any number of ranks and loader threads, started
 anywhere; the digest proves it, because it is the same for the same tokens in the same places and adds up over ranks.
 
-Global sample s x global_batch_size + j is sample j of step s; rank r of W takes the r-th of W equal runs of them.
+Samples are numbered from the beginning of the run, whatever the batch size was meanwhile. A step takes the next
+`global_batch_size` of them; rank r of W takes the r-th of W equal runs of these.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 import xxhash
 
 from pretrainkit.errors import ConfigError
-from pretrainkit.stream.order import Mixture, SourceOrder
+from pretrainkit.stream.cursor import Cursor
+from pretrainkit.stream.order import SourceOrder
 from pretrainkit.stream.source import BlockSource
 
 # Blocks made by one task: enough to share the cost of working out their order, few enough to stay in the caches.
@@ -36,14 +38,14 @@ class BlockLoader:
 
     Args:
         sources: From `open_sources`.
-        weights: Share of each source in the samples; None mixes nothing (one source).
+        cursor: Which shares the sources have, and since when; None: equal ones, from the beginning.
         micro_batch_size: Blocks per batch.
         global_batch_size: Blocks per step over all ranks.
         rank: This process.
         world_size: Processes in all.
         seed: Determines the order, with the sources.
         shuffle: False reads every source in the order on disk.
-        start_step: First step to give; any step, at no cost.
+        start_sample: First global sample to give; any one, at no cost.
         num_workers: Threads that work ahead; 0 works when asked.
         prefetch_batches: Micro batches held ready, at least.
         pin_memory: Put batches where a GPU can fetch them by itself.
@@ -56,14 +58,14 @@ class BlockLoader:
         self,
         sources: Sequence[BlockSource],
         *,
-        weights: Sequence[float] | None = None,
+        cursor: Cursor | None = None,
         micro_batch_size: int,
         global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 42,
         shuffle: bool = True,
-        start_step: int = 0,
+        start_sample: int = 0,
         num_workers: int = 1,
         prefetch_batches: int = 4,
         pin_memory: bool = False,
@@ -74,24 +76,25 @@ class BlockLoader:
                 f"{micro_batch_size} x {world_size}"
             )
         self.sources = list(sources)
-        self._mixture = Mixture(weights or [1.0] * len(self.sources))
+        self._cursor = cursor or Cursor.begin(self.sources, [1.0] * len(self.sources))
+        self._mixture = self._cursor.mixture
         self._orders = [
-            SourceOrder(source.segment_starts, seed=seed, source=index, shuffle=shuffle)
-            for index, source in enumerate(self.sources)
+            SourceOrder(source.segment_starts, seed=seed, source=place.order, shuffle=shuffle)
+            for source, place in zip(self.sources, self._cursor.active, strict=True)
         ]
         self._micro_batch, self._global_batch = micro_batch_size, global_batch_size
         self._rank, self._world_size = rank, world_size
         self.micro_batches_per_step = global_batch_size // (micro_batch_size * world_size)
         self._pin_memory = pin_memory
         self._task_batches = max(1, _TASK_BLOCKS // micro_batch_size)
-        self._start = start_step * self.micro_batches_per_step
-        self._given = 0  # micro batches since the start
+        self._start_sample = start_sample
+        self._given = 0  # micro batches so far
         self._digest = 0
         self._windows: list[tuple[int, int] | None] = [None] * len(self.sources)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
         self._tasks_ahead = -(-prefetch_batches // self._task_batches) if num_workers else 0
         self._pending: deque[Future[list[_Batch]]] = deque()
-        self._next_task = self._start  # first micro batch of the next task to begin
+        self._next_task = 0  # first micro batch of the next task to begin
         self._ready: Iterator[_Batch] = iter(())
 
     @property
@@ -100,9 +103,9 @@ class BlockLoader:
         return sum(source.num_blocks for source in self.sources)
 
     @property
-    def step(self) -> int:
-        """Steps whose micro batches have all been given, counted from the beginning of the run."""
-        return (self._start + self._given) // self.micro_batches_per_step
+    def next_sample(self) -> int:
+        """The first global sample of the step under way, or of the next one; every sample before it has been given."""
+        return self._start_sample + self._given // self.micro_batches_per_step * self._global_batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self
@@ -125,17 +128,12 @@ class BlockLoader:
         digest, self._digest = self._digest, 0
         return digest
 
-    def tokens_per_source(self, step: int | None = None) -> dict[str, int]:
-        """Tokens trained on from each source's folder in the first `step` steps, over all ranks; exact.
-
-        Args:
-            step: None takes the steps given so far.
-        """
-        samples = (self.step if step is None else step) * self._global_batch
-        counts = self._mixture.samples_per_source(samples)
-        return {
-            source.folder: count * (source.block_tokens - 1) for source, count in zip(self.sources, counts, strict=True)
-        }
+    def tokens_per_source(self) -> dict[str, int]:
+        """Tokens in the steps given so far since the run began, from each source's folder, over all ranks; exact."""
+        tokens: dict[str, int] = {}
+        for source in self._cursor.after(self.next_sample):
+            tokens[source.folder] = tokens.get(source.folder, 0) + source.tokens
+        return tokens
 
     def close(self) -> None:
         """Stop the threads, and let go of the sources. The loader cannot be used afterwards."""
@@ -147,12 +145,16 @@ class BlockLoader:
             source.close()
 
     def samples(self, first: int, count: int) -> np.ndarray:
-        """Global sample numbers of `count` micro batches of this rank from its `first` on, (count x micro_batch,)."""
+        """Global numbers of the samples in `count` micro batches, counted from where this rank's loader began.
+
+        Returns:
+            (count x micro_batch,) int64.
+        """
         batches = np.arange(first, first + count)
         steps, within = np.divmod(batches, self.micro_batches_per_step)
         per_rank = self._global_batch // self._world_size
         starts = steps * self._global_batch + self._rank * per_rank + within * self._micro_batch
-        numbers: np.ndarray = starts[:, None] + np.arange(self._micro_batch)
+        numbers: np.ndarray = self._start_sample + starts[:, None] + np.arange(self._micro_batch)
         return numbers.ravel()
 
     def _take_task(self) -> Iterator[_Batch]:

@@ -52,7 +52,7 @@ class SourceOrder:
     Args:
         segment_starts: (segments + 1,) int64, first block of each segment; the last entry is the number of blocks.
         seed: The run's seed.
-        source: Index of the source in its mixture.
+        source: Number that tells the source's order from other sources'.
         shuffle: False gives the order on disk in every epoch.
     """
 
@@ -139,9 +139,13 @@ class Mixture:
 
     Args:
         weights: One positive number per source; only their ratios matter.
+        since: First global sample of this mixture; those before it came from other ones.
+        before: Samples taken from each source before that; None takes none.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], *, since: int = 0, before: Sequence[int] | None = None) -> None:
+        self._since = since
+        self._before = np.array(before or [0] * len(weights), dtype=np.int64)
         self.counts = _period_counts(weights)
         period = int(self.counts.sum())
         # The k-th of c samples of a source is due at (k + 1/2) / c of the period.
@@ -153,20 +157,19 @@ class Mixture:
         self._rank = rank[due].astype(np.int32)
 
     def split(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, position within that source) of each global sample number, both (n,) int64."""
+        """(source, position within that source) of each global sample number from `since` on, both (n,) int64."""
+        samples = samples - self._since
         if len(self.counts) == 1:
-            return np.zeros_like(samples), samples
+            return np.zeros_like(samples), samples + self._before[0]
         periods, offsets = np.divmod(samples, self.period)
         sources = self._source[offsets].astype(np.int64)
-        return sources, periods * self.counts[sources] + self._rank[offsets]
+        return sources, self._before[sources] + periods * self.counts[sources] + self._rank[offsets]
 
     def samples_per_source(self, samples: int) -> list[int]:
-        """How many of the first `samples` global samples come from each source; exact."""
-        if len(self.counts) == 1:
-            return [samples]
-        periods, rest = divmod(samples, self.period)
+        """How many of the first `samples` global samples, at least `since`, come from each source; exact."""
+        periods, rest = divmod(samples - self._since, self.period)
         begun = np.bincount(self._source[:rest], minlength=len(self.counts))
-        return [int(count) for count in periods * self.counts + begun]
+        return [int(count) for count in self._before + periods * self.counts + begun]
 
 
 def _period_counts(weights: Sequence[float]) -> np.ndarray:

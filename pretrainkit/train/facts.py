@@ -16,6 +16,7 @@ from pretrainkit.models import build_model, check_vocabulary, resolve_config
 from pretrainkit.stream import BlockSource, document_boundary, open_sources
 from pretrainkit.train.arithmetic import RunPlan, plan_run
 from pretrainkit.train.parallel import parameter_dtype
+from pretrainkit.train.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Facts:
 def look_at(config: PretrainConfig, world_size: int) -> Facts:
     """Check a configuration against its model and its data; touches no device and writes nothing.
 
+    The plan is that of a run from the beginning; see `plan_from`.
+
     Raises:
         ConfigError: Batch sizes or limits do not fit.
         DatasetError: The data is missing, damaged or too little.
@@ -46,14 +49,28 @@ def look_at(config: PretrainConfig, world_size: int) -> Facts:
     for source in sources:
         if source.info is not None:
             check_vocabulary(model_config, source.info, source.folder)
-    plan = plan_run(
+    plan = _plan(config, TrainState(), sources, block_size, world_size)
+    return Facts(model_config=model_config, block_size=block_size, sources=sources, plan=plan)
+
+
+def plan_from(state: TrainState, config: PretrainConfig, facts: Facts) -> RunPlan:
+    """The steps of a run that goes on from this state; another plan only where its batch size has changed."""
+    return _plan(config, state, facts.sources, facts.block_size, facts.plan.world_size)
+
+
+def _plan(
+    config: PretrainConfig, state: TrainState, sources: list[BlockSource], block_size: int, world_size: int
+) -> RunPlan:
+    return plan_run(
         config.train,
         config.schedule,
         world_size=world_size,
         block_size=block_size,
         num_blocks=sum(source.num_blocks for source in sources),
+        portions=state.portions,
+        step=state.step,
+        tokens=state.tokens,
     )
-    return Facts(model_config=model_config, block_size=block_size, sources=sources, plan=plan)
 
 
 def open_training_sources(config: PretrainConfig, block_size: int, vocabulary: int) -> list[BlockSource]:

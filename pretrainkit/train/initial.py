@@ -34,9 +34,10 @@ def load_initial(config: PretrainConfig, model: nn.Module, snapshots: Snapshots,
         verify_checkpoint(folder)
         before = snapshots.restore(folder)["state"]
         # Its own steps and tokens begin anew; the data goes on, so that nothing is seen twice.
-        state.samples, state.data_step = before.samples, before.data_step
+        state.samples, state.data_step, state.cursor = before.samples, before.data_step, before.cursor
     elif config.initial_checkpoint_dir is not None:
         load_weights(model, config.initial_checkpoint_dir, group)
+    snapshots.open_data()
 
 
 def load_weights(model: nn.Module, folder: Path, group: Any) -> None:

@@ -38,16 +38,16 @@ def fit(run: Run) -> None:
         Interrupted: A signal asked to stop; everything is saved.
         TrainingError: Too many steps had to be skipped.
     """
-    state, config, total_steps = run.state, run.config, run.plan.total_steps
+    state, config = run.state, run.config
     if config.eval.initial_validation and state.step == 0:
         _validate(run)
     loader = run.open_loader(state)
     window = Window(run.fabric.device, run.plan.world_size, state)
     stop = 0
-    while not stop and (total_steps is None or state.step < total_steps):
+    while not stop and not _is_last(run):
         run.watchdog.alive(state.step, "computing")
         _step(run, loader, window)
-        is_last = state.step == total_steps
+        is_last = _is_last(run)
         if _due(state.step, config.train.log_interval) or is_last:
             _log(run, loader, window)
         with window.paused():
@@ -97,7 +97,7 @@ def _step(run: Run, loader: BlockLoader, window: Window) -> None:
     state.data_step += 1
     state.tokens += plan.tokens_per_step
     state.samples += run.config.train.global_batch_size
-    lr = learning_rate(run.course, state.step * plan.tokens_per_step)
+    lr = learning_rate(run.course, state.tokens)
     take_step(run.optimizers, learning_rate=lr, grad_scale=share / clip, skip=skip)
     window.add_step(norm, skip, lr)
 
@@ -109,7 +109,7 @@ def _log(run: Run, loader: BlockLoader, window: Window) -> None:
     state.recent_skips = int(numbers.pop("recent_skips"))
     _fold_digest(run, loader)
     row = numbers | run.speed.of(plan.tokens_per_step / numbers["step_s"])
-    row |= {"memory_gb": memory_gb(), "epoch": state.data_step / plan.steps_per_epoch, "goodput": state.goodput}
+    row |= {"memory_gb": memory_gb(), "epoch": state.samples / loader.num_blocks, "goodput": state.goodput}
     if plan.total_steps is not None:
         row["remaining_s"] = (plan.total_steps - state.step) * numbers["step_s"]
     sources = loader.tokens_per_source() if len(loader.sources) > 1 else None
@@ -188,10 +188,16 @@ def _rewind(run: Run) -> BlockLoader:
     state.step, state.tokens, state.train_seconds = before.step, before.tokens, before.train_seconds
     state.recent_skips = 0
     state.rewinds += 1
-    run.metrics.write("rewind", state, path=folder.name, data_step=state.data_step)
+    run.replan()
+    run.metrics.write("rewind", state, path=folder.name, samples=state.samples)
     if run.fabric.is_global_zero:
         logger.warning("%s: back to %s, past the data seen since", reason, folder)
     return run.open_loader(state)
+
+
+def _is_last(run: Run) -> bool:
+    total_steps = run.plan.total_steps
+    return total_steps is not None and run.state.step >= total_steps
 
 
 def _due(step: int, interval: int | None) -> bool:

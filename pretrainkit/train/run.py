@@ -16,7 +16,7 @@ from pretrainkit.train.arithmetic import RunPlan
 from pretrainkit.train.checkpoint import CheckpointWriter
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.metrics import MetricsWriter, Speed
-from pretrainkit.train.schedule import Course
+from pretrainkit.train.schedule import Course, plan_course
 from pretrainkit.train.signals import Ballot, SignalWatch
 from pretrainkit.train.state import TrainState
 from pretrainkit.train.watchdog import Watchdog
@@ -32,6 +32,8 @@ class Run:
     """What it means in steps."""
     course: Course
     """Learning rate by tokens."""
+    plan_from: Callable[[TrainState], RunPlan]
+    """The plan of a run that goes on from a state; another one where that lies before a change of the batch size."""
     speed: Speed
     """Tokens per second -> utilisation."""
     fabric: Any
@@ -70,3 +72,9 @@ class Run:
     """gloo group for small messages between hosts; None with one rank."""
     deadline: float | None
     """`time.monotonic()` at which everything must be saved; None without a limit."""
+
+    def replan(self) -> None:
+        """Plan the rest from where the state stands now."""
+        self.plan = self.plan_from(self.state)
+        self.course = plan_course(self.plan, self.config.train, self.config.schedule, self.config.optimizer)
+        self.state.portions = self.plan.portions

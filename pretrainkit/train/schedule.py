@@ -38,7 +38,7 @@ def plan_course(plan: RunPlan, train: TrainConfig, schedule: ScheduleConfig, opt
         name=schedule.name,
         peak=optimizer.init_args.lr,
         floor=train.min_lr,
-        warmup_tokens=plan.warmup_steps * plan.tokens_per_step,
+        warmup_tokens=plan.tokens_at(plan.warmup_steps),
         total_tokens=plan.total_tokens,
         decay_fraction=1.0 if schedule.decay_from is not None else schedule.decay_fraction,
     )

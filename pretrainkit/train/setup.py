@@ -30,7 +30,7 @@ from pretrainkit.topology import detect
 from pretrainkit.train import checkpoint as checkpoints
 from pretrainkit.train.arithmetic import RunPlan
 from pretrainkit.train.evaluation import open_validation
-from pretrainkit.train.facts import Facts, look_at, new_model, open_training_sources
+from pretrainkit.train.facts import Facts, look_at, new_model, open_training_sources, plan_from
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.initial import load_initial
 from pretrainkit.train.loop import fit
@@ -74,7 +74,9 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     group = cpu_group()
     rank, world_size = fabric.global_rank, fabric.world_size
     start = together(functools.partial(_starting_point, config, group, rank, world_size), group)
-    if start is not None and _is_finished(config, start, facts.plan):
+    state = TrainState() if start is None else read_record(start)["state"]
+    plan = plan_from(state, config, facts)
+    if start is not None and _is_finished(config, start, plan):
         if rank == 0:
             logger.info("this run is finished: %s", config.out_dir / checkpoints.FINAL_FOLDER)
         return
@@ -85,26 +87,30 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     model = new_model(config, facts, fabric.device)
     wrapped = set_up_model(fabric, model, config)
     optimizers = build_optimizer(model, config.optimizer)
-    state = TrainState()
     guard = Guard(config.guard, fabric.device)
     snapshots = Snapshots(config, facts, model, optimizers, guard, state, group)
+    changed: list[str] = []
     if start is not None:
-        snapshots.resume(start, speak=rank == 0)
+        changed = snapshots.resume(start, speak=rank == 0)
     else:
         load_initial(config, model, snapshots, state, group)
+    state.portions = plan.portions
     side_files = SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0)
     if rank == 0:
         settings = config_to_dict(config)
         write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
         checkpoints.sweep_unfinished(config.out_dir)
-        _introduce(config, facts, fabric, validation)
+        _introduce(config, facts, plan, fabric, validation)
     metrics = MetricsWriter(config, config_to_dict(config), state, rank=rank)
-    metrics.write("resume" if start else "start", state, world_size=world_size, data_step=state.data_step)
+    metrics.write(
+        "resume" if start else "start", state, world_size=world_size, samples=state.samples, changed=changed or None
+    )
     watchdog = Watchdog(config.out_dir, rank, config.compute.hang_timeout_s)
     run = Run(
         config=config,
-        plan=facts.plan,
-        course=plan_course(facts.plan, config.train, config.schedule, config.optimizer),
+        plan=plan,
+        course=plan_course(plan, config.train, config.schedule, config.optimizer),
+        plan_from=functools.partial(plan_from, config=config, facts=facts),
         speed=_speed(config, facts, fabric),
         fabric=fabric,
         model=wrapped,
@@ -192,17 +198,17 @@ def _is_finished(config: PretrainConfig, start: Path, plan: RunPlan) -> bool:
 
 
 def _open_loader(config: PretrainConfig, facts: Facts, rank: int, world_size: int, state: TrainState) -> BlockLoader:
-    """Training data from where the state stands, counted in samples, so that another batch size goes on there too."""
+    """Training data from the first sample on that the state has not taken."""
     return BlockLoader(
         open_training_sources(config, facts.block_size, facts.model_config.padded_vocab_size),
-        weights=list(config.sources.values()),
+        cursor=state.cursor,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         rank=rank,
         world_size=world_size,
         seed=config.seed,
         shuffle=config.data.shuffle,
-        start_step=-(-state.samples // config.train.global_batch_size),
+        start_sample=state.samples,
         num_workers=config.data.num_workers,
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=torch.cuda.is_available(),
@@ -217,8 +223,7 @@ def _speed(config: PretrainConfig, facts: Facts, fabric: Any) -> Speed:
     return Speed(num_devices=fabric.world_size, peak_flops=peak, flops_per_token=full, flops_per_token_causal=causal)
 
 
-def _introduce(config: PretrainConfig, facts: Facts, fabric: Any, validation: dict[str, Any]) -> None:
-    plan = facts.plan
+def _introduce(config: PretrainConfig, facts: Facts, plan: RunPlan, fabric: Any, validation: dict[str, Any]) -> None:
     parameters = num_parameters(facts.model_config, tie_embeddings=config.train.tie_embeddings)
     logger.info(
         "%s: %s parameters on %d x %s; %s blocks of %d tokens",

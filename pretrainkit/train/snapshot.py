@@ -19,6 +19,8 @@ from torch import nn
 from pretrainkit._version import __version__
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError
+from pretrainkit.stream import Cursor
+from pretrainkit.stream.cursor import differences
 from pretrainkit.train.checkpoint import TENSORS_FOLDER
 from pretrainkit.train.dcp import read_tensors
 from pretrainkit.train.facts import Facts
@@ -26,6 +28,9 @@ from pretrainkit.train.guard import Guard
 from pretrainkit.train.state import TrainState, changes, config_to_dict, read_record
 
 logger = logging.getLogger(__name__)
+
+# Changes of these give every position of the data another block.
+_ORDER_KEYS = ("seed:", "data.shuffle:")
 
 
 class Snapshots:
@@ -67,7 +72,7 @@ class Snapshots:
             "guard": self._guard.state_dict(),
             "config": config_to_dict(self._config),
             "model_config": self._model_config(),
-            "datasets": self._datasets(),
+            "datasets": [source.fingerprint for source in self._facts.sources],
             "world_size": self._facts.plan.world_size,
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "versions": {"pretrainkit": __version__, "torch": torch.__version__},
@@ -91,31 +96,46 @@ class Snapshots:
         self._guard.load_state_dict(record["guard"])
         return record
 
-    def resume(self, folder: Path, *, speak: bool) -> None:
-        """Go on from a checkpoint, and say what is different from the run that wrote it."""
+    def resume(self, folder: Path, *, speak: bool) -> list[str]:
+        """Go on from the checkpoint that the counters are from, and say what is different from the run that wrote it.
+
+        Returns:
+            What is different, in words.
+        """
         record = self.restore(folder)
-        for field in dataclasses.fields(TrainState):
-            setattr(self._state, field.name, getattr(record["state"], field.name))
-        self._state.restarts += 1
+        state = self._state
+        state.restarts += 1
         rng = bytearray(base64.b64decode(record["rng"]))
         torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
-        if not speak:
-            return
-        logger.info("going on from %s, after step %d", folder, self._state.step)
-        for line in changes(record["config"], config_to_dict(self._config)):
-            logger.warning("changed since that checkpoint: %s", line)
-        if record["datasets"] != self._datasets():
-            logger.warning("changed since that checkpoint: the training data is not the same")
-        if record["world_size"] != self._facts.plan.world_size:
-            logger.info("ranks: %d -> %d; the global batch stays", record["world_size"], self._facts.plan.world_size)
+        different = changes(record["config"], config_to_dict(self._config))
+        different += self.open_data()
+        if any(line.startswith(_ORDER_KEYS) for line in different):
+            different.append(
+                "the order of the data: what is left of this pass repeats some blocks and leaves out others"
+            )
+        if speak:
+            logger.info("going on from %s, after step %d and %s blocks", folder, state.step, f"{state.samples:,}")
+            for line in different:
+                logger.warning("changed since that checkpoint: %s", line)
+            before, after = record["world_size"], self._facts.plan.world_size
+            if before != after:
+                logger.info("ranks: %d -> %d; the global batch stays as configured", before, after)
+        return different
+
+    def open_data(self) -> list[str]:
+        """Let the state's cursor go on with the sources of this run, and return what is different, in words."""
+        state, sources, weights = self._state, self._facts.sources, list(self._config.sources.values())
+        before = state.cursor
+        if before is None:
+            state.cursor = Cursor.begin(sources, weights)
+            return []
+        state.cursor = before.go_on(state.samples, sources, weights)
+        return differences(before, state.cursor)
 
     def _model_config(self) -> dict[str, Any]:
         config = dataclasses.asdict(self._facts.model_config)
         # What does not change a weight's shape or meaning may differ.
         return {name: value for name, value in config.items() if name not in ("name", "hf_config") and _plain(value)}
-
-    def _datasets(self) -> list[str]:
-        return [source.fingerprint for source in self._facts.sources]
 
 
 def _plain(value: Any) -> bool:

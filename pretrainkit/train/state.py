@@ -11,18 +11,23 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError
+from pretrainkit.train.arithmetic import Portion
+
+if TYPE_CHECKING:
+    from pretrainkit.stream import Cursor
 
 STATE_FILENAME = "state.json"
 DIGEST_MASK = (1 << 63) - 1  # digests add up modulo 2^63
 
-# Keys that may differ between a run and its continuation without a word: where it runs, not what it computes.
+# Keys that may differ between a run and its continuation without a word: where it runs, not what it computes. What
+# differs in the data, the cursor says.
 _PLACE_KEYS = ("out_dir", "resume", "devices", "num_nodes", "launcher", "dry_run", "log", "logger_name",
-               "data.num_workers",
-               "data.prefetch_batches", "data.cache_dir", "data.max_cache_bytes", "checkpoint",
+               "dataset_path", "data.sources", "data.num_workers", "data.prefetch_batches", "data.cache_dir",
+               "data.max_cache_bytes", "checkpoint",
                "compute.hang_timeout_s", "compute.peak_flops", "train.log_interval", "train.save_interval", "eval",
                "tokenizer_dir")  # fmt: skip
 
@@ -38,7 +43,11 @@ class TrainState:
     tokens: int = 0
     """Tokens trained."""
     samples: int = 0
-    """Blocks taken from the data: the cursor, independent of the batch size."""
+    """Blocks taken from the data, whatever the batch sizes were: the next one is the first not taken yet."""
+    cursor: Cursor | None = None
+    """What was taken from which source; None before the data was opened."""
+    portions: tuple[Portion, ...] = ()
+    """Steps of one size each: a new one begins where the batch size was changed."""
     train_seconds: float = 0.0
     """Time spent in steps that this state contains."""
     begun_at: float = field(default_factory=time.time)
@@ -68,11 +77,35 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / STATE_FILENAME).read_text(encoding="utf-8"))
-        record["state"] = TrainState(**record["state"])
+        record["state"] = _parse_state(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE_FILENAME} cannot be read ({error}); take another checkpoint") from error
     result: dict[str, Any] = record
     return result
+
+
+def _parse_state(record: dict[str, Any]) -> TrainState:
+    from pretrainkit.stream import Cursor
+
+    state = dict(record["state"])
+    if "cursor" not in state:  # written before batch sizes and mixtures could change
+        state |= _first_cursor(record)
+    cursor = state.pop("cursor")
+    portions = tuple(Portion(**portion) for portion in state.pop("portions"))
+    return TrainState(cursor=None if cursor is None else Cursor.from_dict(cursor), portions=portions, **state)
+
+
+def _first_cursor(record: dict[str, Any]) -> dict[str, Any]:
+    """Cursor and portions of a checkpoint from a run in which neither had changed."""
+    state, config = record["state"], record["config"]
+    weights = config["data"]["sources"] or {config["dataset_path"]: 1.0}
+    sources = [
+        {"folder": folder, "fingerprint": fingerprint, "weight": weight, "order": index}
+        for index, ((folder, weight), fingerprint) in enumerate(zip(weights.items(), record["datasets"], strict=True))
+    ]
+    block_size = config["train"]["max_seq_length"] or record["model_config"]["block_size"]
+    portions = [{"tokens_per_step": state["tokens"] // state["step"]}] if state["step"] else []
+    return {"cursor": {"sources": sources, "block_size": block_size}, "portions": portions}
 
 
 def config_to_dict(config: PretrainConfig) -> dict[str, Any]:

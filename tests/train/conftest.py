@@ -46,7 +46,7 @@ def write_split(folder: Path, split: str, num_tokens: int, seed: int) -> Path:
         name = f"chunk-0-{index}.bin"
         write_chunk(folder / name, part, np.arange(DOCUMENT, len(part) + 1, DOCUMENT))
         entries.append(ChunkEntry(name, (folder / name).stat().st_size, len(part) // DOCUMENT, len(part)))
-    write_index(folder, entries, "uint16", 1 << 26)
+    write_index(folder, entries, "uint16", 1 << 26, fingerprint=str(seed))
     info = DatasetInfo(
         split=split,
         tokenizer=TokenizerInfo(name="t", sha256="a" * 64, vocab_size=VOCABULARY, eos_id=0),
@@ -60,6 +60,17 @@ def write_split(folder: Path, split: str, num_tokens: int, seed: int) -> Path:
     )
     (folder / "metadata.json").write_text(info.to_json())
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch on one thread: two busy threads on two busy cores wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,7 @@ from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, Traini
 from pretrainkit.train import checkpoint, loop, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two busy threads on two busy cores wait for each other
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
@@ -291,7 +283,7 @@ def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data
     arguments = settings(guard=GuardConfig(max_skips=3))
     pretrain(**arguments)
     (rewind,) = rows(arguments["out_dir"], "rewind")
-    assert (rewind["path"], rewind["step"], rewind["data_step"]) == ("step-00000004", 4, 8)
+    assert (rewind["path"], rewind["step"], rewind["samples"]) == ("step-00000004", 4, 8 * 16)
     steps = [row["step"] for row in rows(arguments["out_dir"])]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10, 11, 12]
     state = json.loads((arguments["out_dir"] / "final" / "state.json").read_text())["state"]
