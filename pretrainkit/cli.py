@@ -90,7 +90,8 @@ def run_cli(
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("PRETRAINKIT_DEBUG") == "1"
     given = [argument for argument in given if argument != "--debug"]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pretrainkit").setLevel(logging.INFO)  # others' progress, such as every HTTP request, is not ours
     try:
         function(**parse(function, given, positional=positional, program=program))
     except PretrainKitError as error:

@@ -8,6 +8,7 @@ tree is a bug of ours and keeps its traceback.
     +- InputError        input files or documents are missing, damaged or not what was said
     +- TokenizerError    a tokenizer folder cannot be used, or two engines disagree
     +- StorageError      a path cannot be read, written or locked (full disk, permissions, another process)
+    |  +- UnreachableError  a remote path cannot be had now: network, store or credentials
     +- DatasetError      a dataset on disk is damaged, incomplete or does not fit its records
     +- ModelError        a model is unknown, or does not fit its dataset or its weights
     +- CheckpointError   a checkpoint is missing, damaged or belongs to another run
@@ -38,6 +39,10 @@ class TokenizerError(PretrainKitError):
 
 class StorageError(PretrainKitError):
     """A path cannot be read, written or locked."""
+
+
+class UnreachableError(StorageError):
+    """A remote path cannot be had now; nothing is said about what lies there."""
 
 
 class DatasetError(PretrainKitError):

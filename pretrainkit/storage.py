@@ -12,26 +12,20 @@ import errno
 import fcntl
 import io
 import json
-import logging
 import os
 import re
 import socket
 import stat
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pretrainkit.errors import StorageError
+from pretrainkit.remote import RetryingFile, filesystem, patiently
 
-logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 _CHECKSUM_READ_BYTES = 1 << 20
-# s3fs and huggingface_hub retry by themselves too; these cover what outlasts them: about a minute in all.
-_RETRY_PAUSES_S = (0.5, 1, 2, 4, 8, 16, 32)
 
 
 def is_remote(path: str | Path) -> bool:
@@ -85,11 +79,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """
     payload = data.encode() if isinstance(data, str) else data
     if is_remote(path):
-        import fsspec
-
+        fs, inner = filesystem(str(path))
         # Object stores publish an object when its upload completes: a PUT is atomic by itself.
-        with fsspec.open(str(path), "wb") as file:
-            file.write(payload)
+        try:
+            patiently(str(path), fs, lambda: fs.pipe_file(inner, payload))
+        except FileNotFoundError as error:
+            raise StorageError(f"cannot write {path}: {error}; make the bucket, or give another URL") from error
         return
     path = Path(path)
     with storage_errors(f"write {path}"):
@@ -207,29 +202,20 @@ def join(base: str | Path, *parts: str) -> str:
     return "/".join([str(base).rstrip("/") or "/", *parts])
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system for a URL and the path in it.
+def exists(path: str | Path) -> bool:
+    """Whether a file or folder is there, local or remote.
 
     Raises:
-        StorageError: Its package is not installed, or it cannot be reached.
+        UnreachableError: That cannot be found out.
     """
-    import fsspec
-
+    if not is_remote(path):
+        return Path(path).exists()
+    fs, inner = filesystem(str(path))
     try:
-        # A process that writes needs to see what it wrote a moment ago.
-        options = {"use_listings_cache": False} if url.startswith("s3://") else {}
-        fs, path = fsspec.core.url_to_fs(url, **options)
-        return fs, path
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"{url}: {error}; pip install 'pretrainkit[remote]' brings s3:// and hf://") from error
-
-
-def exists(path: str | Path) -> bool:
-    """Whether a file or folder is there, local or remote."""
-    if is_remote(path):
-        fs, inner = filesystem(str(path))
-        return bool(fs.exists(inner))
-    return Path(path).exists()
+        patiently(str(path), fs, lambda: fs.info(inner))  # some file systems' exists() takes a failure for a no
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -237,10 +223,11 @@ def read_bytes(path: str | Path) -> bytes:
 
     Raises:
         FileNotFoundError: There is no such file.
+        UnreachableError: It cannot be had now.
     """
     if is_remote(path):
         fs, inner = filesystem(str(path))
-        return bytes(fs.cat_file(inner))
+        return patiently(str(path), fs, lambda: bytes(fs.cat_file(inner)))
     return Path(path).read_bytes()
 
 
@@ -249,7 +236,7 @@ def remove(path: str | Path) -> None:
     if is_remote(path):
         fs, inner = filesystem(str(path))
         with contextlib.suppress(FileNotFoundError):
-            fs.rm_file(inner)
+            patiently(str(path), fs, lambda: fs.rm_file(inner))
         return
     Path(path).unlink(missing_ok=True)
 
@@ -275,32 +262,54 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> list[ListedFile]:
         StorageError: A folder cannot be listed.
     """
     if is_remote(root):
-        fs, inner = filesystem(str(root))
-        scheme = str(root).split("://", maxsplit=1)[0]
-        found = fs.find(inner, detail=True)
-        prefix = inner.rstrip("/") + "/"
-        return sorted(
-            (
-                ListedFile(name=path.removeprefix(prefix), path=f"{scheme}://{path}", size=int(info["size"]))
-                for path, info in found.items()
-                if path.endswith(suffixes) and info["type"] == "file"
-            ),
-            key=lambda file: file.name,
-        )
+        return _list_remote(str(root), suffixes)
     files: list[ListedFile] = []
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
         raise StorageError(f"cannot list {error.filename}: {error.strerror}") from error
 
+    suffixes = tuple(suffix.lower() for suffix in suffixes)
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back up
             subfolders.clear()
             continue
         seen.add(real)
-        files += [_local_file(Path(root), Path(folder) / name) for name in names if name.endswith(suffixes)]
+        subfolders.sort()  # of two ways to one folder, the first by name is taken, on every machine
+        files += [_local_file(Path(root), Path(folder) / name) for name in names if name.lower().endswith(suffixes)]
     return sorted(files, key=lambda file: file.name)
+
+
+def _list_remote(root: str, suffixes: tuple[str, ...]) -> list[ListedFile]:
+    fs, inner = filesystem(root)
+    inner = inner.rstrip("/")
+
+    def find() -> Any:
+        fs.invalidate_cache()  # a listing that broke off half-way may be there
+        return fs.find(inner, detail=True)
+
+    try:
+        found = patiently(root, fs, find)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{root} does not exist, or is not shown to you ({error}); if it is private, give credentials (hub: "
+            "HF_TOKEN)"
+        ) from error
+    except NotImplementedError as error:
+        raise StorageError(f"{root} cannot be listed ({error}); on the hub, give hf://datasets/OWNER/NAME") from error
+    if inner in found and found[inner].get("type", "file") == "file":  # the hub's find says nothing about one file
+        raise StorageError(f"{root} is a file; give its folder, {root.rstrip('/').rpartition('/')[0]}")
+    scheme = root.split("://", maxsplit=1)[0]
+    return sorted(
+        (
+            ListedFile(name=path.removeprefix(inner + "/"), path=f"{scheme}://{path}", size=int(info["size"]))
+            for path, info in found.items()
+            # A store may hold an empty object for a folder.
+            if path.lower().endswith(suffixes) and info["type"] == "file" and not path.endswith("/")
+        ),
+        key=lambda file: file.name,
+    )
 
 
 def _local_file(root: Path, path: Path) -> ListedFile:
@@ -314,68 +323,19 @@ def _local_file(root: Path, path: Path) -> ListedFile:
     return ListedFile(name=name, path=str(path), size=status.st_size, problem=problem)
 
 
-class RetryingFile(io.RawIOBase):
-    """A remote file opened for reading that survives dropped connections.
+def open_input(path: str, *, read_ahead: int = 0) -> Any:
+    """A file to read by ranges: a path opened by pyarrow, or a remote file that retries.
 
-    Each read is repeated with growing pauses; a file that changed its size in between is refused, because parts of two
-    versions would make one wrong text.
+    Args:
+        path: Path or URL.
+        read_ahead: Bytes that a remote file fetches at least, for who reads it from one end to the other.
     """
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self._fs, self._path = filesystem(url)
-        self._url = url
-        self._position = 0
-        self.size = self._retry(lambda: int(self._fs.info(self._path)["size"]))
-
-    def readable(self) -> bool:  # noqa: D102 - as in io
-        return True
-
-    def seekable(self) -> bool:  # noqa: D102 - as in io
-        return True
-
-    def tell(self) -> int:  # noqa: D102 - as in io
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:  # noqa: D102 - as in io
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:  # noqa: D102 - as in io
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:  # noqa: D102 - as in io
-        stop = self.size if size is None or size < 0 else min(self._position + size, self.size)
-        if stop <= self._position:
-            return b""
-        data = self._retry(lambda: bytes(self._fs.cat_file(self._path, start=self._position, end=stop)))
-        if len(data) != stop - self._position:
-            raise StorageError(f"{self._url} gave {len(data)} bytes where {stop - self._position} were due; it changed")
-        self._position = stop
-        return data
-
-    def _retry(self, action: Callable[[], _T]) -> _T:
-        for pause_s in _RETRY_PAUSES_S:
-            try:
-                return action()
-            except (FileNotFoundError, PermissionError):
-                raise
-            except (OSError, TimeoutError) as error:
-                logger.warning("%s: %s; trying again in %s s", self._url, error, pause_s)
-                time.sleep(pause_s)
-        return action()
-
-
-def open_input(path: str) -> Any:
-    """A file to read by ranges: a path opened by pyarrow, or a remote file that retries."""
     import pyarrow as pa
 
-    if is_remote(path):
-        return pa.PythonFile(RetryingFile(path), mode="r")
-    return pa.OSFile(path, mode="r")
+    if not is_remote(path):
+        return pa.OSFile(path, mode="r")
+    file = RetryingFile(path)
+    return pa.PythonFile(io.BufferedReader(file, read_ahead) if read_ahead else file, mode="r")
 
 
 def publish(temporary: str | Path, target: str | Path) -> None:
@@ -386,7 +346,8 @@ def publish(temporary: str | Path, target: str | Path) -> None:
     """
     if is_remote(target):
         fs, inner = filesystem(str(target))
-        fs.put_file(str(temporary), inner)  # one object: visible whole, when the upload has completed
+        # One object: visible whole, when the upload has completed.
+        patiently(str(target), fs, lambda: fs.put_file(str(temporary), inner))
         os.unlink(temporary)
         return
     with storage_errors(f"write {target}"):

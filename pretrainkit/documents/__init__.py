@@ -8,12 +8,13 @@ whatever the size of the file.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pretrainkit.arrow import concat
-from pretrainkit.errors import InputError
+from pretrainkit.errors import InputError, UnreachableError
 from pretrainkit.records import Failure, SourceRange, add_counts
 from pretrainkit.statistics import counted
 from pretrainkit.storage import ListedFile
@@ -27,6 +28,21 @@ SUFFIXES = {
 
 # Text per batch: large enough that fixed costs vanish, small enough that text and ids stay near the processor's caches.
 BATCH_BYTES = 4 << 20
+
+# What the machine or a network drive says when it cannot read now, whatever the file.
+_NOT_THE_FILES_FAULT = {
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EMFILE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 
 OnBadInput = Literal["fail", "skip"]
 
@@ -75,7 +91,7 @@ class DocumentBatch:
 
 def shard_format(name: str) -> str:
     """The format by the end of a file's name: "parquet" or "jsonl"."""
-    return next(kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix))
+    return next(kind for suffix, kind in SUFFIXES.items() if name.lower().endswith(suffix))
 
 
 def inspect_shard(file: ListedFile, text_column: str) -> ShardInfo:
@@ -102,6 +118,22 @@ def read_range(path: str, source: SourceRange, text_column: str) -> Iterator[Doc
     module = parquet if shard_format(source.shard) == "parquet" else jsonl
     batches: Iterator[DocumentBatch] = module.read(path, source, text_column)
     return batches
+
+
+def blame_file(error: Exception, path: str) -> str:
+    """An error met while a file was read, in words, where the file is at fault.
+
+    Raises:
+        UnreachableError: It is not: to count its rows as bad would drop good text because of a bad moment.
+    """
+    if isinstance(error, UnreachableError):
+        raise error
+    if isinstance(error, OSError) and error.errno in _NOT_THE_FILES_FAULT:
+        raise UnreachableError(
+            f"cannot read {path}: {error.strerror or error}; run the same command again when it can be read, finished "
+            "work is kept"
+        ) from error
+    return " ".join(str(error).split()) or f"ends before its last row ({type(error).__name__})"
 
 
 def unusable(source: SourceRange, problem: str) -> DocumentBatch:

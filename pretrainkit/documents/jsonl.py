@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo
+from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo, blame_file
 from pretrainkit.documents.cleaning import clean
 from pretrainkit.errors import PretrainKitError
 from pretrainkit.records import Failure, SourceRange
@@ -17,6 +17,8 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _FINGERPRINT_BYTES = 1 << 16
 _PIECE_BYTES = 4 << 20
 _READ_BYTES = 1 << 20
+# A request to a store far away costs as much as some megabytes; Arrow would decompress in steps of 64 KB.
+_REMOTE_READ_BYTES = 8 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Typical for text; compressed files do not say how large they are inside.
 _ASSUMED_COMPRESSION_RATIO = 4
@@ -35,7 +37,7 @@ def inspect(file: ListedFile, text_column: str) -> ShardInfo:
             digest.update(source.read(_FINGERPRINT_BYTES))
         problem = _first_line_problem(file.path, text_column)
     except (OSError, pa.ArrowException, PretrainKitError) as error:
-        return ShardInfo(kind="file", fingerprint="", problem=" ".join(str(error).split()))
+        return ShardInfo(kind="file", fingerprint="", problem=blame_file(error, file.path))
     if problem is not None:
         return ShardInfo(kind="file", fingerprint=digest.hexdigest(), problem=problem)
     if _compression(file.path) is not None:
@@ -55,27 +57,27 @@ def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentB
     try:
         for position, block in _blocks(path, source.start, source.stop):
             yield _parse(block, position, source, text_column)
-    except (OSError, pa.ArrowException) as error:
-        detail = f"{' '.join(str(error).split())} (after byte {position} of the text)"
+    except (OSError, pa.ArrowException, PretrainKitError) as error:
+        detail = f"{blame_file(error, path)} (after byte {position} of the text)"
         failure = Failure(shard=source.shard, row_group=None, row=None, reason="bad_file", detail=detail)
         yield DocumentBatch(texts=pa.array([], pa.string()), rows=1, dropped={"bad_file": 1}, failures=(failure,))
 
 
 def _compression(path: str) -> str | None:
-    return next((kind for suffix, kind in _COMPRESSION.items() if path.endswith(suffix)), None)
+    return next((kind for suffix, kind in _COMPRESSION.items() if path.lower().endswith(suffix)), None)
 
 
-def _open(path: str) -> Any:
+def _open(path: str, read_ahead: int) -> Any:
     import pyarrow as pa
 
     compression = _compression(path)
-    file = open_input(path)
+    file = open_input(path, read_ahead=read_ahead)
     return file if compression is None else pa.CompressedInputStream(file, compression)
 
 
 def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """(position, whole lines) of about BATCH_BYTES each; a longer line makes a longer block."""
-    with _open(path) as file:
+    with _open(path, _REMOTE_READ_BYTES) as file:
         position, rest = start, b""
         if start > 0:  # the line that begins before belongs to the range before
             file.seek(start - 1)
@@ -189,7 +191,7 @@ def _text_of(line: bytes, text_column: str) -> bytes | None:
 
 def _first_line_problem(path: str, text_column: str) -> str | None:
     """Why the text column cannot be found, by the first line; None when it can, or when that line is broken."""
-    with _open(path) as file:
+    with _open(path, _FINGERPRINT_BYTES) as file:
         line = file.read(_READ_BYTES).removeprefix(_BYTE_ORDER_MARK).split(b"\n", 1)[0]
     try:
         row = json.loads(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo
+from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo, blame_file
 from pretrainkit.documents.cleaning import clean
 from pretrainkit.errors import PretrainKitError
 from pretrainkit.records import Failure, SourceRange
@@ -33,7 +33,7 @@ def inspect(file: ListedFile, text_column: str) -> ShardInfo:
             pieces = tuple(piece for piece in _pieces(parquet, text_column) if piece.rows)
             return ShardInfo(kind="row_group", fingerprint=fingerprint, pieces=pieces)
     except (OSError, pa.ArrowException, PretrainKitError) as error:
-        return ShardInfo(kind="file", fingerprint="", problem=_in_words(error))
+        return ShardInfo(kind="file", fingerprint="", problem=blame_file(error, file.path))
 
 
 def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
@@ -46,15 +46,15 @@ def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentB
         sizes = [piece.text_bytes for piece in _pieces(parquet, text_column)]
     except (OSError, pa.ArrowException, PretrainKitError) as error:
         # It could be opened when the plan was made: something happened to it since.
-        yield _bad_rows(source, None, None, 1, _in_words(error))
+        yield _bad_rows(source, None, None, 1, blame_file(error, path))
         return
     with file:
         for row_group in range(source.start, source.stop):
-            yield from _read_row_group(parquet, row_group, sizes[row_group], source, text_column)
+            yield from _read_row_group(parquet, row_group, sizes[row_group], path, source, text_column)
 
 
 def _read_row_group(
-    parquet: Any, row_group: int, text_bytes: int, source: SourceRange, text_column: str
+    parquet: Any, row_group: int, text_bytes: int, path: str, source: SourceRange, text_column: str
 ) -> Iterator[DocumentBatch]:
     import pyarrow as pa
 
@@ -65,8 +65,8 @@ def _read_row_group(
     while row < num_rows:
         try:
             column = next(batches).column(0)
-        except (OSError, pa.ArrowException, StopIteration) as error:
-            yield _bad_rows(source, row_group, row, num_rows - row, _in_words(error))
+        except (OSError, pa.ArrowException, PretrainKitError, StopIteration) as error:
+            yield _bad_rows(source, row_group, row, num_rows - row, blame_file(error, path))
             return
         first = row
 
@@ -128,7 +128,3 @@ def _pieces(parquet: Any, text_column: str) -> Iterator[Piece]:
         yield Piece(
             start=index, stop=index + 1, text_bytes=group.column(leaf).total_uncompressed_size, rows=group.num_rows
         )
-
-
-def _in_words(error: Exception) -> str:
-    return " ".join(str(error).split()) or f"ends before its last row ({type(error).__name__})"

@@ -23,7 +23,8 @@ from pretrainkit.merge.transfer import Placed, place_joined, renamed
 from pretrainkit.merge.work import Work, prepare
 from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.records import CHUNK_NAME
-from pretrainkit.storage import checksum, filesystem, is_remote, join, remove, write_atomic
+from pretrainkit.remote import filesystem
+from pretrainkit.storage import checksum, is_remote, join, remove, write_atomic
 from pretrainkit.verify import CHECKSUMS_FILENAME, VerifyLevel, check_table, check_vocabulary, verify_chunk
 
 

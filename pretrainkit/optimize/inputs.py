@@ -7,13 +7,18 @@ split's names are relative to. Guarantee: sorted, so that the order is the same 
 from __future__ import annotations
 
 import fnmatch
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrainkit.documents import SUFFIXES
 from pretrainkit.errors import ConfigError, InputError
 from pretrainkit.registry import did_you_mean
-from pretrainkit.storage import ListedFile, filesystem, is_remote, list_files
+from pretrainkit.remote import filesystem, patiently
+from pretrainkit.statistics import counted
+from pretrainkit.storage import ListedFile, is_remote, list_files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +82,25 @@ def _shards(root: str, flag: str) -> list[ListedFile]:
         near = did_you_mean(Path(root).name, siblings, limit=1)
         hint = f"; did you mean {Path(root).parent / near[0]}?" if near else ""
         raise InputError(f"{flag}={root} does not exist{hint}")
-    files = list_files(root, tuple(SUFFIXES))
+    everything = list_files(root, ("",))
+    files = [file for file in everything if file.name.lower().endswith(tuple(SUFFIXES)) and not _is_hidden(file.name)]
     if not files:
         raise InputError(f"{flag}={root} has no file ending in {', '.join(SUFFIXES)} in it or below")
+    others = sorted({file.name for file in everything} - {file.name for file in files})
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        logger.info(
+            "%s=%s: %s left out, hidden or of another kind: %s", flag, root, counted(len(others), "file"), shown
+        )
     return files
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file, or a folder it lies in, is one that other programs write for themselves.
+
+    Spark and Hive keep what is not complete in `_temporary`; their partitions, `_key=value`, are none of that.
+    """
+    return any(part.startswith((".", "_")) and "=" not in part for part in name.split("/"))
 
 
 def hub_folder(name: str, config: str, split: str) -> str:
@@ -95,17 +115,23 @@ def hub_folder(name: str, config: str, split: str) -> str:
     """
     base = f"hf://datasets/{name}@refs/convert/parquet"
     fs, inner = filesystem(base)
+
+    def names(folder: str) -> list[str]:
+        paths = patiently(f"hf://{folder}", fs, lambda: fs.ls(folder, detail=False))
+        return sorted(path.rsplit("/", 1)[-1] for path in paths)
+
     try:
-        configs = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(inner, detail=False))
+        configs = names(inner)
     except FileNotFoundError as error:
         raise InputError(
-            f"the hub has no dataset {name!r}, or no Parquet copy of it; give --input_dir=hf://..."
+            f"the hub shows no dataset {name!r}, or no Parquet copy of it ({error}); if it is private, set HF_TOKEN, "
+            f"else give its own files by --input_dir=hf://datasets/{name}"
         ) from error
     if config not in configs:
         if config != "default" or len(configs) != 1:
             raise InputError(f"{name} has no configuration {config!r}; it has {', '.join(configs)} (--hf_config)")
         config = configs[0]
-    splits = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(f"{inner}/{config}", detail=False))
+    splits = names(f"{inner}/{config}")
     if f"partial-{split}" in splits:
         raise InputError(
             f"the hub's Parquet copy of {name} holds only the beginning of {split!r}; give the dataset's own files by "

@@ -21,8 +21,8 @@ from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, write_index
 from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.plan import Plan
 from pretrainkit.records import RECORDS_FOLDER, SPLITS, UnitRecord, add_counts, record_name
+from pretrainkit.remote import filesystem
 from pretrainkit.storage import (
-    filesystem,
     folder_lock,
     fsync_folder,
     is_remote,
