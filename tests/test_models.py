@@ -198,6 +198,30 @@ def test_boundary_without_its_marker_is_refused():
         DocumentBoundary(rule="both", eos_id=2)
 
 
+YARN = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_seq_len": 1024}
+
+
+# Every kind of rotary table: plain, Llama 3's and YaRN's adjustments, two bases in one.
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("pythia-160m", {}), ("Llama-3.2-1B", {}), ("Gemma-3-1b-it", {}), ("pythia-14m", {"rope_adjustments": YARN})],
+)
+def test_a_sketch_on_the_meta_device_has_litgpts_shapes_and_types(name, keys):
+    config = models.resolve_config(name, {"n_layer": 1, "padded_vocab_size": 64, **keys})
+    with torch.device("meta"):
+        expected = GPT(config)
+        sketch = models.build_model(config, loss=LossConfig(), max_seq_length=None)
+
+    def described(module):
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {key: (tensor.shape, tensor.dtype, tensor.device.type) for key, tensor in tensors.items()}
+
+    assert described(sketch) == described(expected)
+    sketch.max_seq_length = 16
+    assert sketch.cos.shape[0] == 16
+    assert sketch.max_seq_length == 16
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_a_pure_function_of_seed_and_name(kind):
     first, second = build(KINDS[kind]), build({**KINDS[kind], "n_layer": 2})

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from litgpt.config import Config, configs, name_to_config
-
 from pretrainkit.errors import ModelError
 from pretrainkit.metadata import DatasetInfo
+from pretrainkit.models.architectures import Config, configs, name_to_config
 from pretrainkit.registry import did_you_mean
 
 _POSITIVE = (

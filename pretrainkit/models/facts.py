@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from litgpt import Config
-from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
 from torch import nn
+
+from pretrainkit.models.architectures import Config, GroupedTopkRouter, LLaMAMoE, SketchableGPT
 
 ActivationCheckpointing = Literal["none", "attention", "mlp", "block"]
 
@@ -115,6 +115,6 @@ def _key(config: Config) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _meta_model(key: str) -> GPT:
+def _meta_model(key: str) -> SketchableGPT:
     with torch.device("meta"):
-        return GPT(Config(**json.loads(key)))
+        return SketchableGPT(Config(**json.loads(key)))

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from litgpt import Config
-from litgpt.model import GPT, CausalSelfAttention, MultiheadLatentAttention
 
 from pretrainkit.errors import ModelError
+from pretrainkit.models.architectures import CausalSelfAttention, Config, MultiheadLatentAttention, SketchableGPT
 from pretrainkit.models.documents import IGNORED_TARGET, DocumentBoundary, allowed_attention
 from pretrainkit.models.loss import linear_cross_entropy
 
@@ -35,7 +34,7 @@ class LossOutput(NamedTuple):
     """Positions that counted, int64; all of them unless a document mask leaves out the ones across documents."""
 
 
-class PretrainGPT(GPT):  # type: ignore[misc]
+class PretrainGPT(SketchableGPT):
     """litgpt's GPT whose `forward` takes whole blocks and returns their loss.
 
     Shard it block by block and then the whole (FSDP2's usual order): the loss reads `lm_head.weight` in this module's

@@ -14,9 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from litgpt.model import GPT, CausalSelfAttention, GroupedTopkRouter, LLaMAMLP, MultiheadLatentAttention
 from torch import nn
 
+from pretrainkit.models.architectures import (
+    GPT,
+    CausalSelfAttention,
+    GroupedTopkRouter,
+    LLaMAMLP,
+    MultiheadLatentAttention,
+)
 from pretrainkit.models.gpt import PretrainGPT
 
 # Rows are drawn in groups of about this many elements, each from a generator of its own: the unit of sharing work.
@@ -86,13 +92,12 @@ def _fill(parameter: nn.Parameter, deviation: float | str | None, seed: int, nam
         local.copy_(_draw(seed, name, tuple(parameter.shape), shape, offset).mul_(deviation))
 
 
-def _local_part(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _local_part(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape of this rank's part of a parameter and where it begins in the whole."""
-    from torch.distributed.tensor import DTensor
+    if not hasattr(parameter, "placements"):  # no DTensor; asking so spares a lone process their import
+        return tuple(parameter.shape), (0,) * parameter.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if not isinstance(parameter, DTensor):
-        return tuple(parameter.shape), (0,) * parameter.dim()
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(shape), tuple(offset)
 
