@@ -16,7 +16,6 @@ from torch import nn
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError
 from pretrainkit.train.checkpoint import TENSORS_FOLDER, verify_checkpoint
-from pretrainkit.train.dcp import read_tensors
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 from pretrainkit.train.optimizer import own_part
 from pretrainkit.train.snapshot import Snapshots
@@ -50,6 +49,8 @@ def load_weights(model: nn.Module, folder: Path, group: Any) -> None:
     if path.is_dir():
         if (folder / MANIFEST_FILENAME).is_file():
             verify_checkpoint(folder)
+        from pretrainkit.train.dcp import read_tensors
+
         read_tensors({"model": dict(model.state_dict())}, path, group)
         return
     if not path.is_file():

@@ -7,6 +7,7 @@ device, so that clipping and skipping need no host synchronisation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,27 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
+    adamw = AdamW(
         [group for group in groups if group["params"]], lr=args.lr, betas=args.betas, eps=args.eps, fused=True
     )
     _create_state(adamw)
     if not hidden:
         return [adamw]
     return [adamw, Muon(hidden, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)]
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, out of its compiler's reach.
+
+    PyTorch wraps these methods to keep them out of compiled code, where ours never are. The wrappers load the compiler,
+    which takes an uncompiled run longer than everything else before its first step.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def _create_state(adamw: torch.optim.AdamW) -> None:

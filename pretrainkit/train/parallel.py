@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrainkit.config import ComputeConfig, Precision, PretrainConfig
+from pretrainkit.deferred import compiler_aside, defer
 from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError, TrainingError
 from pretrainkit.models import initialize_parameters
 from pretrainkit.topology import Topology, granted_cpus
@@ -34,8 +35,10 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
         ConfigError: The number of replicas does not divide the number of ranks, or a precision the device lacks.
         LaunchError: More processes on this node than GPUs.
     """
-    import lightning
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    defer("torchmetrics", "lightning")
+    with compiler_aside():
+        from lightning.fabric import Fabric
+        from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
     on_gpu = torch.cuda.is_available()
     if on_gpu and topology.local_world_size > torch.cuda.device_count():
@@ -59,7 +62,7 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
         options["precision"] = precision
     if precision == "32-true" and on_gpu:
         torch.set_float32_matmul_precision("high")
-    fabric = lightning.Fabric(**options)
+    fabric = Fabric(**options)
     fabric.launch()
     return fabric
 
@@ -106,7 +109,13 @@ def _shard(model: nn.Module, mesh: Any, *, precision: Precision, seed: int) -> n
 
 def _fill(model: nn.Module, device_type: str, seed: int) -> None:
     is_cuda = device_type == "cuda"
-    model.to_empty(device=torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device(device_type))
+    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device(device_type)
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        model.to_empty(device=device)
+    else:  # the same for plain tensors; `empty_like` of a meta tensor would load PyTorch's compiler first
+        model._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        )
     initialize_parameters(model, seed)
 
 
@@ -173,10 +182,9 @@ def gradient_sync(model: nn.Module, enabled: bool) -> None:
     """Switch FSDP's reduction of gradients on or off; off while micro batches accumulate."""
     # Not Fabric's no_backward_sync: it leaves the reduction off after its context.
     # Source: lightning fabric/strategies/model_parallel.py, _FSDPNoSync.__exit__.
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+    switch: Any = getattr(model, "set_requires_gradient_sync", None)
+    if switch is not None:  # an FSDPModule; importing that class to ask costs a lone process half a second
+        switch(enabled)
 
 
 def cpu_group() -> Any:

@@ -22,7 +22,6 @@ from pretrainkit.errors import CheckpointError
 from pretrainkit.stream import Cursor
 from pretrainkit.stream.cursor import differences
 from pretrainkit.train.checkpoint import TENSORS_FOLDER
-from pretrainkit.train.dcp import read_tensors
 from pretrainkit.train.facts import Facts
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.state import TrainState, changes, config_to_dict, read_record
@@ -92,6 +91,8 @@ class Snapshots:
                 f"{folder} is of another model ({'; '.join(different[:3])}); resume with the same model, or begin in "
                 "another --out_dir"
             )
+        from pretrainkit.train.dcp import read_tensors  # slow to import, and few runs read a checkpoint
+
         read_tensors(self.tensors(), folder / TENSORS_FOLDER, self._group)
         self._guard.load_state_dict(record["guard"])
         return record
