@@ -13,7 +13,12 @@ left out. The ways:
     engine    the tokenizer engine alone, on text in memory; floor 2 is decode + engine
 
 The sample is every n-th document of the corpus, --sample_mb of text: the slow ways are steady, ours is measured on all.
-`--whole` compares the whole commands, start-up included, on all cores: `optimize_dataset.py` and `litdata.optimize`.
+
+    --whole             also the whole commands, start-up included, on all cores: `optimize_dataset.py` and
+                        `litdata.optimize` with the stock recipe, on --whole_mb of the corpus
+    --peers PYTHON ...  also datatrove and Megatron-LM's preprocess_data.py, each run by the Python of its own
+                        environment (see benchmarks/peers/): by itself on the sample, and with gigatoken inside on
+                        --whole_mb of the corpus
 """
 
 from __future__ import annotations
@@ -234,16 +239,16 @@ if __name__ == "__main__":
 
 def measure_whole(options: argparse.Namespace, tokenizer: Path, cores: int) -> tuple[float, float]:
     """Seconds of our whole command, and of the stock one, on the same files and cores."""
-    seconds = []
+    seconds, corpus = [], options.whole_sample
     for stock in (False, True):
         shutil.rmtree(options.scratch, ignore_errors=True)
         Path(options.scratch).mkdir(parents=True)
         target = str(Path(options.scratch) / "out")
-        ours = ["optimize_dataset.py", f"--input_dir={options.corpus}", f"--tokenizer_dir={tokenizer}",
+        ours = ["optimize_dataset.py", f"--input_dir={corpus}", f"--tokenizer_dir={tokenizer}",
                 f"--output_dir={target}", f"--num_workers={cores}", f"--text_column={options.text_column}"]  # fmt: skip
         script = Path(options.scratch) / "stock.py"
         script.write_text(STOCK_COMMAND)
-        arguments = [str(script), str(options.corpus), str(tokenizer), target, options.text_column, str(cores)]
+        arguments = [str(script), str(corpus), str(tokenizer), target, options.text_column, str(cores)]
         environment = {**os.environ, "DATA_OPTIMIZER_CACHE_FOLDER": f"{options.scratch}/cache",
                        "DATA_OPTIMIZER_DATA_CACHE_FOLDER": f"{options.scratch}/data"}  # fmt: skip
         start = time.perf_counter()
@@ -258,18 +263,58 @@ def measure_whole(options: argparse.Namespace, tokenizer: Path, cores: int) -> t
     return seconds[0], seconds[1]
 
 
-def write_sample(options: argparse.Namespace, megabytes: float) -> None:
-    """Every n-th document of the corpus as a corpus of its own, a row group for each core."""
+def write_sample(corpus: Path, column: str, folder: Path, wanted_mb: float, files: int) -> None:
+    """Every n-th document of a corpus as a corpus of so many files, and as one JSON Lines file beside it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    batches = read_batches(options.corpus, options.text_column, 0, 1)
-    documents = pa.chunked_array([batch.cast(pa.large_string()) for batch in batches])
-    step = max(1, round(megabytes / options.sample_mb))
+    documents = pa.chunked_array([batch.cast(pa.large_string()) for batch in read_batches(corpus, column, 0, 1)])
+    step = max(1, round(documents.nbytes / 1e6 / wanted_mb))
     chosen = documents.take(pa.array(range(step // 2, len(documents), step)))
-    options.sample.mkdir()
-    rows = -(-len(chosen) // max(options.cores))
-    pq.write_table(pa.table({options.text_column: chosen}), options.sample / "sample.parquet", row_group_size=rows)
+    folder.mkdir()
+    for number in range(files):
+        part = chosen.take(pa.array(range(number, len(chosen), files)))
+        pq.write_table(pa.table({column: part}), folder / f"sample-{number}.parquet", row_group_size=1000)
+    with open(folder.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in chosen.to_pylist())
+
+
+PEERS = {"datatrove": "datatrove_tokenize.py", "megatron": "megatron_preprocess.py"}
+PEER_ENGINES = ("native", "gigatoken", "gigatoken-arrays")
+
+
+def measure_peer(options: argparse.Namespace, tokenizer: Path, python: Path, engine: str, cores: int) -> float:
+    """Tokens per second and core of one peer; see its script for what is left out."""
+    peer = next(name for name in PEERS if name in python.parts)
+    sample: Path = options.sample if engine == "native" else options.whole_sample
+    source = sample.with_suffix(".jsonl") if peer == "megatron" else sample
+    shutil.rmtree(options.scratch, ignore_errors=True)
+    script = ROOT / "benchmarks/peers" / PEERS[peer]
+    command = [str(python), str(script), str(source), str(tokenizer), options.scratch]
+    command += [f"--workers={cores}", f"--engine={engine}"]
+    if peer == "datatrove":
+        command.append(f"--text_column={options.text_column}")
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{peer} failed: {done.stderr[-2000:]}")
+    figures = json.loads(done.stdout.splitlines()[-1])
+    seconds = figures["seconds"] if options.clock == "wall" else figures["cpu_seconds"] / cores
+    return float(figures["tokens"] / seconds / cores)
+
+
+def compare_peers(options: argparse.Namespace, tokenizer: Path, cores: int) -> dict[str, Any]:
+    """Median rates of ours, and of each peer with each engine, and the ratios."""
+    rates: dict[str, list[float]] = {"ours": []}
+    for _ in range(options.repeats):
+        seconds, tokens = measure("ours", options, tokenizer, cores)
+        rates["ours"].append(tokens / seconds / cores)
+        for python in options.peers:
+            for engine in PEER_ENGINES:
+                name = f"{next(name for name in PEERS if name in python.parts)} {engine}"
+                rates.setdefault(name, []).append(measure_peer(options, tokenizer, python, engine, cores))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    times = {name: median["ours"] / rate for name, rate in median.items()}
+    return {"tokenizer": tokenizer.name, "cores": cores, "tokens_per_second_per_core": median, "times_peer": times}
 
 
 def text_megabytes(corpus: Path, column: str) -> float:
@@ -337,7 +382,10 @@ def main() -> None:
     parser.add_argument("--sample_mb", type=float, default=8.0, help="text the slow ways get")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: for a machine that others use too")
-    parser.add_argument("--whole", action="store_true", help="also compare the whole commands, on all the text")
+    parser.add_argument("--whole", action="store_true", help="also compare the whole commands")
+    parser.add_argument("--whole_mb", type=float, default=100.0, help="text for the whole commands")
+    parser.add_argument("--peers", type=Path, nargs="+", default=[], metavar="PYTHON",
+                        help="PEERS/datatrove/bin/python PEERS/megatron/bin/python")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pretrainkit-benchmark-") as folder:
@@ -348,7 +396,9 @@ def main() -> None:
         options.scratch = str(Path(folder) / "scratch")
         options.sample = Path(folder) / "sample"
         megabytes = text_megabytes(options.corpus, options.text_column)
-        write_sample(options, megabytes)
+        options.whole_sample, parts = Path(folder) / "whole", 4 * max(options.cores)
+        write_sample(options.corpus, options.text_column, options.sample, options.sample_mb, max(options.cores))
+        write_sample(options.corpus, options.text_column, options.whole_sample, options.whole_mb, parts)
         machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
         text = f"{megabytes:.0f} MB of text in {len(shards(options.corpus))} files"
         print(f"{machine}; {text}; medians of {options.repeats}, {options.clock} time")
@@ -368,12 +418,30 @@ def main() -> None:
             for cores in options.cores:
                 rows.append(compare(options, tokenizer.resolve(), cores, megabytes))
                 show(rows[-1])
+        for tokenizer in options.tokenizer if options.peers else []:
+            for cores in options.cores:
+                rows.append(compare_peers(options, tokenizer.resolve(), cores))
+                rates, times = rows[-1]["tokens_per_second_per_core"], rows[-1]["times_peer"]
+                print(f"{tokenizer.name}, {cores} cores: " if cores > 1 else f"{tokenizer.name}, 1 core:")
+                for name in rates:
+                    print(
+                        f"    {name:<28} {rates[name] / 1e6:>8.3f}  ours is {times[name]:.1f} times as fast", flush=True
+                    )
         if options.whole:
-            print("whole commands, start-up included, all cores, all the text")
+            size = text_megabytes(options.whole_sample, options.text_column)
+            print(
+                f"whole commands, start-up included, {max(options.cores)} cores, {size:.0f} MB of text in {parts} files"
+            )
             for tokenizer in options.tokenizer:
-                ours, stock = measure_whole(options, tokenizer.resolve(), max(options.cores))
+                pairs = [
+                    measure_whole(options, tokenizer.resolve(), max(options.cores)) for _ in range(options.repeats)
+                ]
+                ours, stock = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
                 rows.append({"tokenizer": tokenizer.name, "whole_ours_s": ours, "whole_stock_s": stock})
-                print(f"{tokenizer.name:<12}  ours {ours:.1f} s  stock {stock:.1f} s  {stock / ours:.1f} times")
+                print(
+                    f"{tokenizer.name:<12}  ours {ours:.1f} s  stock {stock:.1f} s  {stock / ours:.1f} times",
+                    flush=True,
+                )
         if options.json is not None:
             options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -45,6 +45,7 @@ class GigatokenEngine:
     def _load(self) -> None:
         self._backend: Any = None  # lets go of the old cache before the new tokenizer takes memory
         try:
+            import awkward  # noqa: F401 - `encode` needs it; what takes long belongs to loading
             from gigatoken.gigatoken_rs import load_hf_json
 
             self._backend = load_hf_json(self._definition)
