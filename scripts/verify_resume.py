@@ -19,7 +19,7 @@ from pretrainkit.cli import run_cli
 from pretrainkit.errors import CheckpointError, InputError
 from pretrainkit.train.metrics import METRICS_FILENAME
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pretrainkit.verify_resume")  # run_cli shows what the package says
 
 
 def verify_resume(first: Path, second: Path, tolerance: float = 0.0) -> None:

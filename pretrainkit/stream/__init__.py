@@ -16,7 +16,7 @@ from pretrainkit.stream.dataset import PretrainDataset
 from pretrainkit.stream.loader import BlockLoader
 from pretrainkit.stream.order import Mixture, SourceOrder
 from pretrainkit.stream.source import BlockSource
-from pretrainkit.stream.sources import document_boundary, open_sources
+from pretrainkit.stream.sources import check_tokenizers, document_boundary, open_sources
 from pretrainkit.stream.validation import ValidationLoader, build_validation_loader
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "SourceOrder",
     "ValidationLoader",
     "build_validation_loader",
+    "check_tokenizers",
     "document_boundary",
     "open_sources",
 ]

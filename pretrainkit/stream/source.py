@@ -65,6 +65,7 @@ class BlockSource:
             metadata.json to say so at once (see `models.check_vocabulary`).
         cache_dir: Where segments of a remote dataset are kept; None takes a folder of this user's in the temporary one.
         max_cache_bytes: Remote segments kept at a time.
+        may_be_empty: Take a dataset without one whole block, too; reading it is then a bug.
 
     Raises:
         DatasetError: No index, a damaged one, or no chunk as long as a block.
@@ -79,6 +80,7 @@ class BlockSource:
         vocabulary: int | None = None,
         cache_dir: Path | None = None,
         max_cache_bytes: int = 50_000_000_000,
+        may_be_empty: bool = False,
     ) -> None:
         self._vocabulary = vocabulary
         self.folder = str(folder)
@@ -91,7 +93,8 @@ class BlockSource:
         self.chunk_starts = np.concatenate([[0], np.cumsum(blocks)])
         self.num_blocks = int(self.chunk_starts[-1])
         self.num_tokens = sum(entry.dim for entry in self.entries)
-        self._check_blocks()
+        if self.num_blocks or not may_be_empty:
+            self._check_blocks()
         self.segment_starts = _segment_starts(self.chunk_starts, self.block_tokens * self.dtype.itemsize)
         self._reader: PartReader
         if is_remote(self.folder):

@@ -46,20 +46,29 @@ def open_sources(
             vocabulary=vocabulary,
             cache_dir=cache_dir,
             max_cache_bytes=max_cache_bytes // len(sources),
+            may_be_empty=split == "val",
         )
         for source in sources
         if (folder := _split_folder(source, split)) is not None
     ]
-    described = [source for source in opened if source.info is not None]
-    for source in described[1:]:
-        first = described[0]
-        assert first.info is not None and source.info is not None  # noqa: PT018 - for the type checker
-        if source.info.tokenizer.sha256 != first.info.tokenizer.sha256:
-            raise DatasetError(
-                f"{source.folder} was made with tokenizer {source.info.tokenizer.name!r}, {first.folder} with "
-                f"{first.info.tokenizer.name!r}; their ids mean different text: tokenize both with one"
-            )
+    check_tokenizers(opened)
     return opened
+
+
+def check_tokenizers(sources: Sequence[BlockSource]) -> None:
+    """Refuse datasets whose ids mean different text; one without metadata.json cannot be asked.
+
+    Raises:
+        DatasetError: Tokens were made by another tokenizer than the first's.
+    """
+    described = [(source, source.info.tokenizer) for source in sources if source.info is not None]
+    for source, tokenizer in described[1:]:
+        first, expected = described[0]
+        if tokenizer.sha256 != expected.sha256:
+            raise DatasetError(
+                f"{source.folder} was made with tokenizer {tokenizer.name!r}, {first.folder} with {expected.name!r}; "
+                "their ids mean different text: tokenize both with one"
+            )
 
 
 def document_boundary(sources: Sequence[BlockSource]) -> DocumentBoundary:

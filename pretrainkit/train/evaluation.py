@@ -6,6 +6,7 @@ every rank runs the same number of batches; the loss is the mean over all target
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,20 +17,43 @@ from torch import nn
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.metadata import DatasetInfo
-from pretrainkit.stream import ValidationLoader, build_validation_loader, open_sources
+from pretrainkit.models import check_vocabulary
+from pretrainkit.storage import join
+from pretrainkit.stream import ValidationLoader, build_validation_loader, check_tokenizers, open_sources
+from pretrainkit.train.facts import Facts
+
+logger = logging.getLogger(__name__)
 
 
-def open_validation(
-    config: PretrainConfig, block_size: int, *, rank: int, world_size: int
-) -> dict[str, ValidationLoader]:
-    """A loader per source that has a validation split, by its folder.
+def open_validation(config: PretrainConfig, facts: Facts, *, rank: int, world_size: int) -> dict[str, ValidationLoader]:
+    """A loader per source that has a validation split, by its folder; rank 0 says which have none.
 
     Raises:
-        DatasetError: A split has not one batch for every rank.
+        DatasetError: A split has not one batch for every rank, or ids of another tokenizer.
+        ModelError: Its ids go beyond the model's vocabulary.
     """
-    sources = open_sources(
-        config.sources, "val", block_size, cache_dir=config.data.cache_dir, max_cache_bytes=config.data.max_cache_bytes
+    opened = open_sources(
+        config.sources,
+        "val",
+        facts.block_size,
+        vocabulary=facts.model_config.padded_vocab_size,
+        cache_dir=config.data.cache_dir,
+        max_cache_bytes=config.data.max_cache_bytes,
     )
+    check_tokenizers([*facts.sources, *opened])
+    sources = [source for source in opened if source.num_blocks]
+    for source in opened:
+        if source.info is not None:
+            check_vocabulary(facts.model_config, source.info, source.folder)
+        if rank == 0 and not source.num_blocks:
+            logger.warning(
+                "%s holds %s tokens, not one block of %d: nothing to validate on; training goes without",
+                source.folder, f"{source.num_tokens:,}", source.block_tokens,
+            )  # fmt: skip
+    if rank == 0 and len(opened) < len(config.sources):
+        present = {source.folder for source in opened}
+        missing = [folder for folder in config.sources if join(folder, "val") not in present]
+        logger.warning("there is no validation data in %s; training goes without", " and ".join(missing))
     return {
         source.folder: build_validation_loader(
             source,

@@ -82,7 +82,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         return
     validates = config.eval.interval or config.eval.initial_validation or config.eval.final_validation
     validation = together(
-        lambda: open_validation(config, facts.block_size, rank=rank, world_size=world_size) if validates else {}, group
+        lambda: open_validation(config, facts, rank=rank, world_size=world_size) if validates else {}, group
     )
     model = new_model(config, facts, fabric.device)
     wrapped = set_up_model(fabric, model, config)
@@ -100,7 +100,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         settings = config_to_dict(config)
         write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
         checkpoints.sweep_unfinished(config.out_dir)
-        _introduce(config, facts, plan, fabric, validation)
+        _introduce(config, facts, plan, fabric)
     metrics = MetricsWriter(config, config_to_dict(config), state, rank=rank)
     metrics.write(
         "resume" if start else "start", state, world_size=world_size, samples=state.samples, changed=changed or None
@@ -223,7 +223,7 @@ def _speed(config: PretrainConfig, facts: Facts, fabric: Any) -> Speed:
     return Speed(num_devices=fabric.world_size, peak_flops=peak, flops_per_token=full, flops_per_token_causal=causal)
 
 
-def _introduce(config: PretrainConfig, facts: Facts, plan: RunPlan, fabric: Any, validation: dict[str, Any]) -> None:
+def _introduce(config: PretrainConfig, facts: Facts, plan: RunPlan, fabric: Any) -> None:
     parameters = num_parameters(facts.model_config, tie_embeddings=config.train.tie_embeddings)
     logger.info(
         "%s: %s parameters on %d x %s; %s blocks of %d tokens",
@@ -237,5 +237,3 @@ def _introduce(config: PretrainConfig, facts: Facts, plan: RunPlan, fabric: Any,
     )  # fmt: skip
     for note in plan.notes:
         logger.warning("%s", note)
-    if not validation and config.eval.final_validation:
-        logger.warning("there is no validation data in %s/val; training goes without", next(iter(config.sources)))

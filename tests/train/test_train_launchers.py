@@ -97,15 +97,15 @@ def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, name: str = "loss") -> list[float]:
     parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in parsed if row["event"] == "train"]
+    return [row[name] for row in parsed if name in row]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_torchrun_local_processes_and_one_process_train_alike(settings, tmp_path):
-    flags = write_config(settings, tmp_path, train={"max_steps": 4})
+    flags = write_config(settings, tmp_path, train={"max_steps": 4}, eval={"final_validation": True, "max_iters": 1000})
     torchrun = str(Path(sys.executable).parent / "torchrun")
     commands = {
         "one": [sys.executable, *flags],
@@ -118,6 +118,7 @@ def test_torchrun_local_processes_and_one_process_train_alike(settings, tmp_path
     first = losses(tmp_path / "one")
     assert losses(tmp_path / "local") == pytest.approx(first, rel=1e-5)
     assert losses(tmp_path / "torchrun") == pytest.approx(first, rel=1e-5)
+    assert losses(tmp_path / "local", "val_loss") == pytest.approx(losses(tmp_path / "one", "val_loss"), rel=1e-5)
     compared = run(
         [sys.executable, "scripts/verify_resume.py", str(tmp_path / "one"), str(tmp_path / "local"), "--tolerance=1e-5"]
     )
