@@ -1,108 +1,71 @@
 #!/usr/bin/env python3
 """Training speed: pretrainkit beside `litgpt pretrain`, on the same model, data, batch and precision, in one run.
 
-Comes in: a model and batch sizes, or a preset. Goes out: a table with tokens per second after warm-up, the ratio to
-litgpt, peak memory, MFU and the time from process start to the first finished step. Each row is a process of its own,
-so that memory and start-up are its own; every technique can be switched off by naming its row in --rows.
+Comes in: a model and batch sizes, or a preset. Goes out: a table per model with tokens per second after warm-up, peak
+memory, MFU, the time from process start to the end of the first step, and the ratios to litgpt; all of it, run by run,
+in a JSON file that is whole after every run. Each row is the real command in a process of its own; rows take turns;
+figures are medians over the turns. Every technique has a row that leaves it out or adds it: --rows=all.
 
-    python benchmarks/pretrain.py                      # a size for this machine
-    python benchmarks/pretrain.py --preset=h100        # three sizes, ours and litgpt, under 8 minutes on one H100
-    python benchmarks/pretrain.py --preset=h100-160m --rows=all
+On a CPU that others use too, compare the CPU seconds, measured with one thread: they hardly depend on what else runs.
+
+    python benchmarks/pretrain.py                        # a size for this machine
+    python benchmarks/pretrain.py --preset=h100          # three models, then what fits into 7.5 minutes on one H100
+    python benchmarks/pretrain.py --preset=h100-160m --rows=all --budget_s=1500
+
+A row that fails, runs out of memory or out of time is said so and loses nobody else's figures. One that runs out of
+memory gets a second try with half the micro batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
+import itertools
 import json
 import os
-import resource
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a bare clone
 
+from pretrain_cases import PRESETS, ROWS, Case, Preset, Row  # noqa: E402 - beside this file
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One size to train at."""
-
-    model_name: str
-    """litgpt's name."""
-    changes: dict[str, Any]
-    """litgpt Config keys that differ from the named model's."""
-    block_size: int
-    """Context."""
-    micro_batch_size: int
-    """Blocks per forward pass."""
-    global_batch_size: int
-    """Blocks per step."""
-    steps: int
-    """Steps in all."""
-    warmup: int
-    """Steps left out of the timing."""
-    precision: str
-    """litgpt's and ours."""
+_PROGRAM = Path(__file__).with_name("pretrain_row.py")
+# Of the budget, for the table and for processes that take their time to go.
+_RESERVE_S = 10.0
 
 
-TOY = Case(
-    model_name="pythia-14m", changes={"n_layer": 4}, block_size=128, micro_batch_size=4, global_batch_size=8, steps=12,
-    warmup=4, precision="32-true",
-)  # fmt: skip
-H100 = Case(
-    model_name="pythia-160m", changes={}, block_size=2048, micro_batch_size=16, global_batch_size=64, steps=24,
-    warmup=8, precision="bf16-mixed",
-)  # fmt: skip
-PRESETS = {
-    "cpu": [TOY],
-    "h100-160m": [H100],
-    "h100-1b": [
-        replace(H100, model_name="tiny-llama-1.1b", micro_batch_size=8, global_batch_size=32, steps=14, warmup=5)
-    ],
-    "h100-8b": [
-        replace(
-            H100, model_name="Llama-3-8B", changes={"n_layer": 4}, micro_batch_size=4, global_batch_size=16, steps=16,
-            warmup=6,
-        )
-    ],
-}  # fmt: skip
-PRESETS["h100"] = PRESETS["h100-160m"] + PRESETS["h100-1b"] + PRESETS["h100-8b"]
+class Clock:
+    """The budget."""
 
-# What differs from the defaults, by row. "litgpt" compiles its whole model, as `litgpt pretrain` does.
-ROWS: dict[str, dict[str, dict[str, Any]]] = {
-    "litgpt": {},
-    "litgpt-eager": {},
-    "ours": {},
-    "ours-no-compile": {"compute": {"compile": False}},
-    "ours-compile": {"compute": {"compile": True}},
-    "ours-full-logits": {"loss": {"chunk_tokens": 1 << 30}},
-    "ours-checkpoint-attention": {"compute": {"activation_checkpointing": "attention"}},
-    "ours-checkpoint-mlp": {"compute": {"activation_checkpointing": "mlp"}},
-    "ours-checkpoint-block": {"compute": {"activation_checkpointing": "block"}},
-    "ours-document-mask": {"data": {"document_mask": True}},
-    "ours-no-loader-threads": {"data": {"num_workers": 0}},
-    "ours-log-rarely": {"train": {"log_interval": 4}},
-    "ours-no-clipping": {"train": {"max_norm": None}},
-    "ours-bf16-true": {"top": {"precision": "bf16-true"}},
-    "ours-muon": {"optimizer": {"class_path": "Muon"}},
-    "ours-float8": {"compute": {"float8": True}},
-}
+    def __init__(self, budget_s: float | None) -> None:
+        self._end = None if budget_s is None else time.monotonic() + budget_s - _RESERVE_S
+
+    def left_s(self) -> float | None:
+        """Seconds that a run may take; None without a budget."""
+        return None if self._end is None else self._end - time.monotonic()
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
 
 
 def write_dataset(folder: Path, case: Case, vocabulary: int) -> None:
-    """Random tokens: enough for a run, with a boundary now and then."""
+    """Random tokens: enough for a run and for litgpt's loader processes, with a boundary now and then."""
     import numpy as np
 
     from pretrainkit.formats.litdata import ChunkEntry, write_chunk, write_index
     from pretrainkit.metadata import DatasetInfo, TokenizerInfo
 
-    blocks = {"train": (case.steps + 2) * case.global_batch_size, "val": 4 * case.micro_batch_size}
+    blocks = {"train": (case.steps + 2) * case.global_batch_size, "val": 4 * 8 * case.micro_batch_size}
     for split, count in blocks.items():
         target = folder / split
         target.mkdir(parents=True)
@@ -122,184 +85,300 @@ def write_dataset(folder: Path, case: Case, vocabulary: int) -> None:
         (target / "metadata.json").write_text(info.to_json())
 
 
-# --- one row, in a process of its own -------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------------------------
 
 
-def run_row(row: str, case: Case, data: Path, out: Path) -> None:
-    """Train and write out/row.json: time stamps by step, memory, when the process began."""
-    began = _process_start()
-    stamps = (
-        _litgpt(case, data, out, eager=row == "litgpt-eager")
-        if row.startswith("litgpt")
-        else _ours(row, case, data, out)
-    )
-    import torch
+def run_row(name: str, row: Row, case: Case, folder: Path, *, threads: int | None, timeout_s: float | None) -> dict:
+    """One run in a process of its own; its figures, or why there are none.
 
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    (out / "row.json").write_text(json.dumps({"began": began, "stamps": stamps, "memory": memory}))
-
-
-def _process_start() -> float:
-    """When this process was started, on time.time()'s clock. Source: proc(5), field 22 of stat."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
-
-
-def _litgpt(case: Case, data: Path, out: Path, *, eager: bool) -> list[tuple[int, float]]:
-    """The real `litgpt pretrain`, watched at its own log calls, which follow its own host synchronisation."""
-    import lightning
-    import torch
-    from litgpt import Config
-    from litgpt.args import EvalArgs, TrainArgs
-    from litgpt.data import LitData
-    from litgpt.pretrain import setup
-
-    sys.argv = [sys.argv[0], case.model_name]  # it parses the command line again when it saves its settings
-    if eager:
-        torch.compile = lambda model, **_: model  # type: ignore[assignment]
-    stamps: list[tuple[int, float]] = []
-    log_dict = lightning.Fabric.log_dict
-
-    def watched(self: Any, metrics: dict[str, Any], step: int | None = None) -> None:
-        if "iter_time" in metrics:
-            stamps.append((metrics["step"], time.time()))
-        log_dict(self, metrics, step)
-
-    lightning.Fabric.log_dict = watched
-    config = Config.from_name(case.model_name, **case.changes)
-    tokens = case.steps * case.global_batch_size * case.block_size
-    setup(
-        model_name=case.model_name, model_config=config, out_dir=out / "run", precision=case.precision,
-        data=LitData(data_path=data, split_names=("train", "val"), num_workers=1 if torch.cuda.is_available() else 0),
-        train=TrainArgs(
-            save_interval=None, log_interval=1, global_batch_size=case.global_batch_size,
-            micro_batch_size=case.micro_batch_size, max_tokens=tokens, max_norm=1.0, min_lr=4e-5, lr_warmup_steps=2,
-            max_seq_length=case.block_size, tie_embeddings=False,
-        ),
-        eval=EvalArgs(interval=10**9, max_iters=1, final_validation=False), devices=1, logger_name="csv",
-        optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-4, "weight_decay": 0.1, "betas": [0.9,
-        0.95]}},
-    )  # fmt: skip
-    return stamps
-
-
-def _ours(row: str, case: Case, data: Path, out: Path) -> list[tuple[int, float]]:
-    from pretrainkit import config as c
-    from pretrainkit.train import pretrain
-
-    changes = ROWS[row]
-    train = {
-        "global_batch_size": case.global_batch_size, "micro_batch_size": case.micro_batch_size, "max_steps": case.steps,
-        "max_seq_length": case.block_size, "lr_warmup_steps": 2, "save_interval": None,
+    Args:
+        name: For the folder.
+        row: What to run.
+        case: At what size.
+        folder: With `data` and `model_config.json`; the run writes beside them.
+        threads: OpenMP threads; None leaves it to PyTorch.
+        timeout_s: The process is ended after this; what it has measured until then counts.
+    """
+    out = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+    job = {
+        "row": asdict(row), "case": asdict(case), "data": str(folder / "data"), "out": str(out),
+        "model_config": json.loads((folder / "model_config.json").read_text()),
     }  # fmt: skip
-    pretrain(
-        model_name=case.model_name, model_config=case.changes or None, dataset_path=str(data), out_dir=out / "run",
-        precision=changes.get("top", {}).get("precision", case.precision), devices=1, launcher="local",
-        train=c.TrainConfig(**train | changes.get("train", {})), data=c.DataConfig(**changes.get("data", {})),
-        eval=c.EvalConfig(interval=None, final_validation=False), loss=c.LossConfig(**changes.get("loss", {})),
-        optimizer=c.OptimizerConfig(**changes.get("optimizer", {})),
-        compute=c.ComputeConfig(**changes.get("compute", {})),
-    )  # fmt: skip
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["time"]) for line in rows if line["event"] == "train"]
+    (out / "job.json").write_text(json.dumps(job))
+    environment = _environment(threads) | {"TORCHINDUCTOR_CACHE_DIR": str(_compiler_cache(name, folder))}
+    began = time.time()
+    with open(out / "log.txt", "w", encoding="utf-8") as log:
+        # In a session of its own: its loader and compiler processes end with it.
+        process = subprocess.Popen(
+            [sys.executable, str(_PROGRAM), str(out / "job.json")], stdout=log, stderr=subprocess.STDOUT,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    result: dict[str, Any] = {"seconds": time.time() - began, **figures(case, out / "stamps.jsonl", began)}
+    if code != 0:
+        text = (out / "log.txt").read_text(encoding="utf-8", errors="replace")
+        result |= {"error": why(code, text), "log": text[-4000:]}
+    return result
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, "WANDB_MODE": "disabled", **own}
+
+
+def _compiler_cache(name: str, folder: Path) -> Path:
+    """A cold cache for the contenders, whose start is measured; ablations begin with what ours has compiled."""
+    return folder / "cache-ours" if name.startswith("ours-") else Path(tempfile.mkdtemp(prefix="cache-", dir=folder))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill what is left of a run's session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def why(code: int | None, log: str) -> str:
+    """Why a run failed, in one line."""
+    if code is None:
+        return "out of time"
+    if "out of memory" in log.lower() or "OutOfMemoryError" in log:
+        return "out of memory"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" + (", perhaps for memory" if code == -signal.SIGKILL else "")
+    lines = [line for line in log.splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else f"ended with {code}"
+
+
+def figures(case: Case, path: Path, began: float) -> dict[str, float]:
+    """What a run's stamps say; without any of it where they end too early."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    stamps = [json.loads(line) for line in lines]
+    if not stamps:
+        return {}
+    result = {
+        "first_step_s": stamps[0]["time"] - began, "first_step_cpu_s": stamps[0]["cpu"], "memory": stamps[-1]["memory"],
+    }  # fmt: skip
+    timed = [stamp for stamp in stamps if stamp["step"] >= case.warmup]
+    if len(timed) < 2:
+        return result
+    first, last = timed[0], timed[-1]
+    tokens = (last["step"] - first["step"]) * case.global_batch_size * case.block_size
+    steps = [
+        (after["time"] - before["time"]) / (after["step"] - before["step"])
+        for before, after in itertools.pairwise(timed)
+    ]
+    return result | {
+        "tokens_per_s": tokens / (last["time"] - first["time"]),
+        "tokens_per_cpu_s": tokens / (last["cpu"] - first["cpu"]),
+        "median_step_s": statistics.median(steps),
+        "slowest_step_s": max(steps),
+        "timed_steps": last["step"] - first["step"],
+    }
+
+
+# --- all runs -------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """All figures so far, in memory and in a file."""
+
+    def __init__(self, path: Path, probe: dict[str, Any], options: dict[str, Any]) -> None:
+        self._path = path
+        self.data: dict[str, Any] = {"probe": probe, "options": options, "began": time.time(), "cases": []}
+
+    def add_case(self, case: Case) -> None:
+        """Begin a case."""
+        self.data["cases"].append({"case": asdict(case), "rows": {}})
+
+    def add(self, case: int, name: str, run: dict[str, Any]) -> None:
+        """Add a run and rewrite the file."""
+        self.data["cases"][case]["rows"].setdefault(name, []).append(run)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._path.with_suffix(".partial")
+        draft.write_text(json.dumps(self.data, indent=1))
+        draft.replace(self._path)
+
+
+def schedule(preset: Preset, repeats: int) -> Iterator[tuple[int, str]]:
+    """(case, row) in order of importance: every contender once, then again for the medians, then the ablations."""
+    for turn in range(repeats):
+        for case in range(len(preset.cases)):
+            # Back and forth, so that a machine that slows down or warms up favours nobody.
+            for name in preset.rows if turn % 2 == 0 else preset.rows[::-1]:
+                yield case, name
+    for name in preset.ablations:
+        for case in range(len(preset.cases)):
+            yield case, name
+
+
+def run_all(preset: Preset, results: Results, folder: Path, *, repeats: int, threads: int | None, clock: Clock) -> None:
+    """Every run of a preset that the budget allows."""
+    longest: dict[tuple[int, bool], float] = {}  # by case and kind, for judging what still fits
+    for number, name in schedule(preset, repeats):
+        case, row = preset.cases[number], ROWS[name]
+        left = clock.left_s()
+        kind = (number, row.contender == "ours")
+        if left is not None and left < longest.get(kind, 20.0):
+            results.add(number, name, {"error": "not run: no time left"})
+            continue
+        run = run_row(name, row, case, folder / str(number), threads=threads, timeout_s=left)
+        if run.get("error") == "out of memory" and case.micro_batch_size > 1:
+            results.add(number, name, run)
+            case = replace(case, micro_batch_size=case.micro_batch_size // 2)
+            left = clock.left_s()
+            if left is None or left > run["seconds"]:
+                run = run_row(name, row, case, folder / str(number), threads=threads, timeout_s=left)
+                run["micro_batch_size"] = case.micro_batch_size
+        longest[kind] = max(longest.get(kind, 0.0), run["seconds"])
+        results.add(number, name, run)
+        rate = f"{run['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in run else ""
+        print(f"{case.model_name}: {name}: {rate}{run.get('error', '')} ({run['seconds']:.0f} s)", flush=True)
+
+
+def prepare(preset: Preset, folder: Path, threads: int | None) -> dict[str, Any]:
+    """Write every case's data and model; the machine's facts."""
+    from pretrainkit.models import resolve_config
+
+    for number, case in enumerate(preset.cases):
+        config = resolve_config(case.model_name, case.changes or None)
+        write_dataset(folder / str(number) / "data", case, min(config.vocab_size, 32_000))
+        (folder / str(number) / "model_config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    job = {"row": {"contender": "probe"}, "case": asdict(preset.cases[0]), "out": str(folder)}
+    (folder / "probe-job.json").write_text(json.dumps(job))
+    # In a process of its own: this one must not hold memory of the device.
+    subprocess.run(
+        [sys.executable, str(_PROGRAM), str(folder / "probe-job.json")], check=True, env=_environment(threads)
+    )
+    probe: dict[str, Any] = json.loads((folder / "probe.json").read_text())
+    return probe
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def measure(row: str, case: Case, data: Path, out: Path) -> dict[str, float] | None:
-    """Run a row in a new process; its numbers, or None when it failed (its last line is printed)."""
-    out.mkdir()
-    command = [sys.executable, __file__, "--one", row, json.dumps(asdict(case)), str(data), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0 or not (out / "row.json").is_file():
-        print(f"{row}: failed: {(result.stderr.strip().splitlines() or ['no output'])[-1]}", flush=True)
-        return None
-    measured = json.loads((out / "row.json").read_text())
-    last_of_step = dict(measured["stamps"])  # litgpt logs every micro batch; the last one of a step ends it
-    steps = sorted(last_of_step)
-    start = next(step for step in steps if step >= case.warmup)
-    seconds = last_of_step[steps[-1]] - last_of_step[start]
-    tokens = (steps[-1] - start) * case.global_batch_size * case.block_size
-    return {
-        "tokens_per_s": tokens / seconds,
-        "memory": measured["memory"],
-        "first_step_s": last_of_step[steps[0]] - measured["began"],
-    }
-
-
-def print_table(case: Case, rows: dict[str, dict[str, float]]) -> None:
-    """The rows, the first litgpt row as the reference."""
-    import torch
-
+def print_table(case: Case, rows: dict[str, list[dict[str, Any]]], probe: dict[str, Any]) -> None:
+    """Medians over the turns; the first row that has figures is the reference."""
     from pretrainkit.models import flops_per_token, num_parameters, resolve_config
     from pretrainkit.train.metrics import peak_flops
 
     config = resolve_config(case.model_name, case.changes or None)
     flops, causal = flops_per_token(config, case.block_size)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    peak = peak_flops(device)
+    peak = peak_flops(probe["device"]) or probe["matmul_flops"]
+    # On a CPU per CPU second, as the matrix products were measured: what else runs on it matters little then.
+    rate = "tokens_per_s" if probe["on_gpu"] else "tokens_per_cpu_s"
     print(
         f"\n{case.model_name} {case.changes or ''}: {num_parameters(config):,} parameters, {case.global_batch_size} x "
-        f"{case.block_size} tokens per step, micro batch {case.micro_batch_size}, {case.precision}, {device}, torch "
-        f"{torch.__version__}"
+        f"{case.block_size} tokens per step, micro batch {case.micro_batch_size}, {case.precision}, {probe['device']}, "
+        f"torch {probe['torch']}\nMFU is of {peak / 1e12:,.3g} TFLOP/s; the largest matrix products reach "
+        f"{probe['matmul_flops'] / 1e12:,.3g}"
     )
-    reference = next((values for name, values in rows.items() if name.startswith("litgpt")), None)
-    print(f"{'':28}{'tokens/s':>12}{'ratio':>8}{'memory':>10}{'MFU':>7}{'causal':>8}{'first step':>12}{'ratio':>8}")
-    for name, values in rows.items():
-        rate = values["tokens_per_s"]
-        speed = f"{rate / reference['tokens_per_s']:.2f}" if reference else ""
-        start = f"{reference['first_step_s'] / values['first_step_s']:.2f}" if reference else ""
-        mfu = f"{rate * flops / peak:.1%}" if peak else ""
-        mfu_causal = f"{rate * causal / peak:.1%}" if peak else ""
-        print(
-            f"{name:28}{rate:12,.0f}{speed:>8}{values['memory'] / 1e9:8.2f}GB{mfu:>7}{mfu_causal:>8}"
-            f"{values['first_step_s']:10.1f} s{start:>8}",
-            flush=True,
-        )
+    columns = ["tokens_per_s", "first_step_s"] if probe["on_gpu"] else [
+        "tokens_per_s", "tokens_per_cpu_s", "first_step_s", "first_step_cpu_s"
+    ]  # fmt: skip
+    heads = {"tokens_per_s": "tokens/s", "tokens_per_cpu_s": "per CPU s", "first_step_s": "first step",
+             "first_step_cpu_s": "CPU s"}  # fmt: skip
+    print(
+        f"{'':27}"
+        + "".join(f"{heads[name]:>11}{'ratio':>6}" for name in columns)
+        + f"{'memory':>10}{'MFU':>7}{'causal':>8}"
+    )
+    medians = {name: _medians(runs) for name, runs in rows.items()}
+    litgpt = (medians[name] for name in medians if name.startswith("litgpt"))
+    reference = next((values for values in litgpt if "tokens_per_s" in values), {})
+    for name, values in medians.items():
+        line = f"{name:27}" + _line(values, reference, columns)
+        line += f"{values['memory'] / 1e9:8.2f}GB" if "memory" in values else f"{'-':>10}"
+        if rate in values:
+            line += f"{values[rate] * flops / peak:7.1%}{values[rate] * causal / peak:8.1%}"
+        print(line + _notes(rows[name]), flush=True)
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    keys = {key for run in runs for key, value in run.items() if isinstance(value, float | int)}
+    return {key: statistics.median(run[key] for run in runs if key in run) for key in keys}
+
+
+def _line(values: dict[str, float], reference: dict[str, float], columns: list[str]) -> str:
+    line = ""
+    for name in columns:
+        if name not in values:
+            line += f"{'-':>11}{'':6}"
+            continue
+        is_time = name.startswith("first")
+        shown = f"{values[name]:.1f} s" if is_time else f"{values[name]:,.0f}"
+        ratio = ""
+        if name in reference:
+            ratio = f"{(reference[name] / values[name] if is_time else values[name] / reference[name]):.2f}"
+        line += f"{shown:>11}{ratio:>6}"
+    return line
+
+
+def _notes(runs: list[dict[str, Any]]) -> str:
+    notes = [f"{len([run for run in runs if 'tokens_per_s' in run])} runs"] if len(runs) > 1 else []
+    notes += dict.fromkeys(run["error"] for run in runs if "error" in run)
+    notes += dict.fromkeys(f"micro batch {run['micro_batch_size']}" for run in runs if "micro_batch_size" in run)
+    return "  " + "; ".join(notes) if notes else ""
 
 
 def main() -> None:
-    """Run every case and row, and print the tables."""
-    if sys.argv[1:2] == ["--one"]:
-        row, case, data, out = sys.argv[2:]
-        run_row(row, Case(**json.loads(case)), Path(data), Path(out))
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Run what is asked for and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--rows", default=None, help="names separated by commas, or all; default litgpt and ours")
+    parser.add_argument("--rows", help=f"names separated by commas, or all, instead of the preset's: {', '.join(ROWS)}")
+    parser.add_argument("--repeats", type=int, default=1, help="turns of each contender")
+    parser.add_argument("--budget_s", type=float, help="seconds for everything; what does not fit is left out")
+    parser.add_argument("--threads", type=int, help="CPU threads of each run")
+    parser.add_argument("--json", type=Path, help="where all figures go; default build/bench/pretrain-PRESET.json")
     parser.add_argument("--model_name", help="instead of the preset's")
     for name in ("block_size", "micro_batch_size", "global_batch_size", "steps", "warmup"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     parser.add_argument("--precision", help="instead of the preset's")
-    options = vars(parser.parse_args())
-    preset, rows = options.pop("preset"), options.pop("rows")
-    # On a CPU litgpt's whole-model compilation takes longer than the run: the reference there is litgpt without it.
-    default = "litgpt-eager,ours" if preset == "cpu" else "litgpt,ours"
-    names = list(ROWS) if rows == "all" else (rows or default).split(",")
-    for name in names:
-        if name not in ROWS:
-            parser.error(f"no row {name!r}; there are {', '.join(ROWS)}")
-    given = {name: value for name, value in options.items() if value is not None}
-    for case in PRESETS[preset]:
-        with tempfile.TemporaryDirectory() as folder:
-            chosen = replace(case, **given)
-            from pretrainkit.models import resolve_config
+    options = parser.parse_args()
+    preset = _chosen(parser, options)
+    clock = Clock(preset.budget_s)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    path = options.json or Path("build/bench") / f"pretrain-{options.preset}.json"
+    with tempfile.TemporaryDirectory(prefix="bench-pretrain-") as temporary:
+        probe = prepare(preset, Path(temporary), options.threads)
+        results = Results(path, probe, {name: str(value) for name, value in vars(options).items()})
+        for case in preset.cases:
+            results.add_case(case)
+        try:
+            run_all(
+                preset, results, Path(temporary), repeats=options.repeats, threads=options.threads, clock=clock
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("stopped; what was measured:")
+        for case, measured in zip(preset.cases, results.data["cases"], strict=True):
+            print_table(case, measured["rows"], probe)
+    print(f"\nevery run: {path}")
 
-            config = resolve_config(chosen.model_name, chosen.changes or None)
-            write_dataset(Path(folder) / "data", chosen, min(config.vocab_size, 32_000))
-            results: dict[str, dict[str, float]] = {}
-            for name in names:
-                measured = measure(name, chosen, Path(folder) / "data", Path(folder) / name)
-                if measured is not None:
-                    results[name] = measured
-            with contextlib.suppress(BrokenPipeError):
-                print_table(chosen, results)
+
+def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Preset:
+    """The preset with what the flags change."""
+    preset = PRESETS[options.preset]
+    given = {
+        name: getattr(options, name) for name in (known.name for known in dataclasses.fields(Case))
+        if getattr(options, name, None) is not None
+    }  # fmt: skip
+    if options.model_name is not None:
+        given["changes"] = {}
+    preset = replace(preset, cases=[replace(case, **given) for case in preset.cases])
+    if options.rows is not None:
+        names = tuple(ROWS) if options.rows == "all" else tuple(options.rows.split(","))
+        for name in names:
+            if name not in ROWS:
+                parser.error(f"no row {name!r}; there are {', '.join(ROWS)}")
+        preset = replace(preset, rows=names, ablations=())
+    return preset if options.budget_s is None else replace(preset, budget_s=options.budget_s)
 
 
 if __name__ == "__main__":
