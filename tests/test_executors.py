@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrainkit.errors import LaunchError
+from pretrainkit.errors import DatasetError, LaunchError
 from pretrainkit.executors.local import LocalExecutor
+from pretrainkit.merge import merge_datasets
+from pretrainkit.metadata import DatasetInfo
 from pretrainkit.optimize import optimize_dataset
 from pretrainkit.plan import PLAN_FILENAME, Plan
 from pretrainkit.units.nodes import finished_units
@@ -114,6 +116,46 @@ def test_three_static_ranks_on_two_nodes_make_the_same_bytes(input_dir, tokenize
     assert digests(tmp_path / "out") == expected
     assert sorted(path.name for path in (tmp_path / "out/train").iterdir()) == ["node0", "node1"]
     assert len(list((tmp_path / "out").glob("*/*/index.json"))) == 4
+
+
+def pod(index, completions):
+    """The environment of one pod of an indexed job; all pods have one host name here, so the node's is given."""
+    return {"JOB_COMPLETION_INDEX": str(index), "JOB_COMPLETIONS": str(completions), "SLURMD_NODENAME": f"pod-{index}"}
+
+
+def test_units_of_a_rank_that_never_came_are_named_by_merge_and_other_ranks_can_do_them(
+    input_dir, tokenizer_dir, tmp_path, expected, monkeypatch
+):
+    def run(index, completions):
+        for name, value in pod(index, completions).items():
+            monkeypatch.setenv(name, value)
+        return optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=0, **FLAGS)
+
+    for index in (2, 0):  # nobody waits for the one that is missing
+        summary = run(index, 3)
+    assert summary.units < summary.units_planned
+    with pytest.raises(DatasetError, match=r"of the plan's \d+ units are missing \(unit 1, 4, .*found pod-0, pod-2"):
+        merge_datasets(tmp_path / "out/train", tmp_path / "merged/train")
+    assert not (tmp_path / "merged/train").exists()
+    for index in range(2):
+        summary = run(index, 2)
+    assert summary.units == summary.units_planned
+    assert digests(tmp_path / "out") == expected
+    for split in ("train", "val"):
+        merge_datasets(tmp_path / "out" / split, tmp_path / "merged" / split)
+    merged = [DatasetInfo.load(tmp_path / "merged" / split).documents for split in ("train", "val")]
+    assert sum(merged) == 4 * 300
+
+
+@pytest.mark.parametrize("environ", [{"JOB_COMPLETION_INDEX": "0"}, pod(3, 3)], ids=["no count", "beyond the count"])
+def test_a_pod_that_does_not_know_its_place_is_refused_before_any_work(
+    input_dir, tokenizer_dir, tmp_path, environ, monkeypatch
+):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match="JOB_COMPLETIONS|rank 3 of 3"):
+        optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=0, **FLAGS)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
