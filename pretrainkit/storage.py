@@ -315,6 +315,11 @@ def _list_remote(root: str, suffixes: tuple[str, ...]) -> list[ListedFile]:
 def _local_file(root: Path, path: Path) -> ListedFile:
     name = path.relative_to(root).as_posix()
     try:
+        str(path).encode()
+    except UnicodeEncodeError:  # neither a plan nor pyarrow can name it
+        name = os.fsencode(name).decode(errors="backslashreplace")
+        return ListedFile(name=name, path=str(path), size=0, problem="its name is not UTF-8; rename it")
+    try:
         status = path.stat()
     except OSError as error:
         why = "a link to nothing" if path.is_symlink() else str(error.strerror)

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,36 @@ from pretrainkit.units import runner
 from tests.conftest import make_texts, write_parquet
 from tests.test_optimize import documents_of, expected_ids
 
+ROOT = Path(__file__).parent.parent
+
 
 def run(tmp_path, tokenizer_dir, **flags):
     flags = {"num_workers": 0, "engine": "tokenizers", **flags}
     return optimize_dataset(tokenizer_dir, tmp_path / "out", str(tmp_path / "in"), **flags)
+
+
+def check_texts(tmp_path, tokenizer_dir, texts, **flags):
+    """The dataset holds just these documents."""
+    summary = run(tmp_path, tokenizer_dir, **flags)
+    assert [ids[:-1] for ids in documents_of(tmp_path / "out")] == expected_ids(texts, tokenizer_dir)
+    assert summary.documents == {"train": len(texts)}
+    assert summary.documents_in == len(texts) + sum(summary.dropped.values())
+    return summary
+
+
+def check_located(tmp_path, tokenizer_dir, texts, dropped, *, before_work=False, **flags):
+    """Input that is refused, and skipped when that is asked for: these documents, these drops; the failures listed.
+
+    Args:
+        before_work: Whether it is seen when the plan is made.
+    """
+    words = "1 input file cannot be used: " if before_work else "piece.* of input cannot be used, listed in "
+    with pytest.raises(InputError, match=words):
+        run(tmp_path, tokenizer_dir, **flags)
+    assert before_work != (tmp_path / "out").exists()
+    summary = check_texts(tmp_path, tokenizer_dir, texts, on_bad_input="skip", **flags)
+    assert summary.dropped == dropped
+    return failures_of(tmp_path)
 
 
 def failures_of(tmp_path):
@@ -292,7 +319,7 @@ def test_the_list_of_failures_holds_those_of_every_rank(tmp_path, tokenizer_dir,
 def test_what_was_unreadable_for_a_while_is_no_failure_any_more(tmp_path, tokenizer_dir, monkeypatch):
     write_parquet(tmp_path / "in/a.parquet", make_texts(10))
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "read_range", lambda path, source, column: [unusable(source, "gone for a while")])
+        patch.setattr(runner, "read_range", lambda path, source, *_: [unusable(source, "gone for a while")])
         with pytest.raises(InputError, match="gone for a while"):
             run(tmp_path, tokenizer_dir)
     assert len(failures_of(tmp_path)) == 1

@@ -9,15 +9,15 @@ whatever the size of the file.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pretrainkit.arrow import concat
-from pretrainkit.errors import InputError, UnreachableError
+from pretrainkit.errors import InputError, PretrainKitError, UnreachableError
 from pretrainkit.records import Failure, SourceRange, add_counts
 from pretrainkit.statistics import counted
-from pretrainkit.storage import ListedFile
+from pretrainkit.storage import ListedFile, open_input
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -45,6 +45,14 @@ _NOT_THE_FILES_FAULT = {
 }
 
 OnBadInput = Literal["fail", "skip"]
+
+
+class UntrustedShardError(Exception):
+    """A shard turned out damaged after text was read from it that may be garbled: nothing of it may be used."""
+
+    def __init__(self, shard: str, problem: str) -> None:
+        super().__init__(problem)
+        self.shard = shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +113,46 @@ def inspect_shard(file: ListedFile, text_column: str) -> ShardInfo:
     return info
 
 
-def read_range(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
+def read_range(
+    path: str, source: SourceRange, text_column: str, fingerprint: str | None = None
+) -> Iterator[DocumentBatch]:
     """The documents of one range of a shard, in order.
 
     Args:
         path: Where to open the shard.
         source: Which part of it; `source.shard` names it in failures.
         text_column: Column that holds the text.
+        fingerprint: What `inspect_shard` found; None does not look.
+
+    Raises:
+        InputError: The shard is another one than was inspected.
+        UntrustedShardError: What was read of the shard cannot be trusted.
     """
     from pretrainkit.documents import jsonl, parquet
 
     module = parquet if shard_format(source.shard) == "parquet" else jsonl
+    if fingerprint is not None:
+        _refuse_changed(path, source.shard, fingerprint, module.fingerprint_of)
     batches: Iterator[DocumentBatch] = module.read(path, source, text_column)
     return batches
+
+
+def _refuse_changed(path: str, shard: str, fingerprint: str, fingerprint_of: Callable[[Any], str]) -> None:
+    import pyarrow as pa
+
+    try:
+        with open_input(path) as file:
+            now: str | None = fingerprint_of(file)
+    except FileNotFoundError:
+        now = None
+    except (OSError, pa.ArrowException, PretrainKitError) as error:
+        blame_file(error, path)
+        return  # the reader will locate it
+    if now != fingerprint:
+        raise InputError(
+            f"{shard} {'is gone' if now is None else 'has changed'} since the job began; bring the old file back and "
+            "run the same command again, or begin anew with another output_dir"
+        )
 
 
 def blame_file(error: Exception, path: str) -> str:

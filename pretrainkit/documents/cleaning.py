@@ -56,6 +56,8 @@ def _as_strings(column: Any) -> Any:
         return column.view(pa.string())
     if types.is_large_binary(kind):
         return column.view(pa.large_string())
+    if types.is_null(kind):  # what pandas makes of a column without any text
+        return column.cast(pa.string())
     if types.is_fixed_size_binary(kind):
         return column.cast(pa.binary()).view(pa.string())
     # Views: their cast to offsets copies, and checks nothing when it goes by way of binary.

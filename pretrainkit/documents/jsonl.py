@@ -7,16 +7,23 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo, blame_file
+from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo, UntrustedShardError, blame_file
 from pretrainkit.documents.cleaning import clean
-from pretrainkit.errors import PretrainKitError
+from pretrainkit.errors import InputError, PretrainKitError
 from pretrainkit.records import Failure, SourceRange
 from pretrainkit.storage import ListedFile, open_input
 
+# Source: Arrow, cpp/src/arrow/io/compressed.cc.
+_CUT_SHORT = "Truncated compressed stream"
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _FINGERPRINT_BYTES = 1 << 16
 _PIECE_BYTES = 4 << 20
-_READ_BYTES = 1 << 20
+# Where a compressed file is damaged, as much of it is lost as is read at a time.
+_READ_BYTES = 1 << 16
+# A first line longer than this is not looked at before the work begins.
+_FIRST_LINE_BYTES = 1 << 20
+# A line is held in memory whole.
+_LONGEST_LINE_BYTES = 256 << 20
 # A request to a store far away costs as much as some megabytes; Arrow would decompress in steps of 64 KB.
 _REMOTE_READ_BYTES = 8 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -27,26 +34,32 @@ _ASSUMED_COMPRESSION_RATIO = 4
 def inspect(file: ListedFile, text_column: str) -> ShardInfo:
     """Byte ranges of a shard; a compressed one is one piece, for it cannot be entered in the middle."""
     import pyarrow as pa
-    import xxhash
 
     try:
-        digest = xxhash.xxh3_64()
         with open_input(file.path) as source:
-            digest.update(source.read(_FINGERPRINT_BYTES))
-            source.seek(max(0, file.size - _FINGERPRINT_BYTES))
-            digest.update(source.read(_FINGERPRINT_BYTES))
+            fingerprint = fingerprint_of(source)
         problem = _first_line_problem(file.path, text_column)
     except (OSError, pa.ArrowException, PretrainKitError) as error:
         return ShardInfo(kind="file", fingerprint="", problem=blame_file(error, file.path))
     if problem is not None:
-        return ShardInfo(kind="file", fingerprint=digest.hexdigest(), problem=problem)
+        return ShardInfo(kind="file", fingerprint=fingerprint, problem=problem)
     if _compression(file.path) is not None:
         size = file.size * _ASSUMED_COMPRESSION_RATIO
         pieces = [Piece(start=0, stop=0, text_bytes=size, rows=None)] if file.size else []
     else:
         bounds = [*range(0, file.size, _PIECE_BYTES), file.size]
         pieces = [Piece(start=a, stop=b, text_bytes=b - a, rows=None) for a, b in itertools.pairwise(bounds)]
-    return ShardInfo(kind="byte", fingerprint=digest.hexdigest(), pieces=tuple(pieces))
+    return ShardInfo(kind="byte", fingerprint=fingerprint, pieces=tuple(pieces))
+
+
+def fingerprint_of(file: Any) -> str:
+    """A hash of the beginning and the end."""
+    import xxhash
+
+    digest = xxhash.xxh3_64(file.read(_FINGERPRINT_BYTES))
+    file.seek(max(0, file.size() - _FINGERPRINT_BYTES))
+    digest.update(file.read(_FINGERPRINT_BYTES))
+    return str(digest.hexdigest())
 
 
 def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
@@ -57,8 +70,12 @@ def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentB
     try:
         for position, block in _blocks(path, source.start, source.stop):
             yield _parse(block, position, source, text_column)
+            position += len(block)  # noqa: PLW2901 - where an error leaves off
     except (OSError, pa.ArrowException, PretrainKitError) as error:
         detail = f"{blame_file(error, path)} (after byte {position} of the text)"
+        if _compression(path) is not None and not isinstance(error, PretrainKitError) and _CUT_SHORT not in detail:
+            # The checksum comes at the end: where the damage lies, and what it garbled, cannot be said.
+            raise UntrustedShardError(source.shard, f"{detail}; nothing of it is used") from error
         failure = Failure(shard=source.shard, row_group=None, row=None, reason="bad_file", detail=detail)
         yield DocumentBatch(texts=pa.array([], pa.string()), rows=1, dropped={"bad_file": 1}, failures=(failure,))
 
@@ -77,44 +94,75 @@ def _open(path: str, read_ahead: int) -> Any:
 
 def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """(position, whole lines) of about BATCH_BYTES each; a longer line makes a longer block."""
-    with _open(path, _REMOTE_READ_BYTES) as file:
+    with _open(path, _REMOTE_READ_BYTES) as opened:
+        file = _Reader(opened)
         position, rest = start, b""
         if start > 0:  # the line that begins before belongs to the range before
-            file.seek(start - 1)
-            position, rest = _skip_line(file, start - 1)
+            opened.seek(start - 1)
+            position, rest = _skip_line(file, start - 1, stop)
         while stop == 0 or position < stop:
-            block, rest = _whole_lines(file, rest)
+            block, rest = _whole_lines(file, rest, position)
             if stop and position + len(block) > stop:  # only the lines that begin before stop
                 block = block[: block.find(b"\n", stop - position - 1) + 1 or len(block)]
+            if block:
+                yield position, block
+            position += len(block)
+            if file.error is not None:
+                raise file.error
             if not block:
                 return
-            yield position, block
-            position += len(block)
 
 
-def _whole_lines(file: Any, rest: bytes) -> tuple[bytes, bytes]:
-    """Lines of at least BATCH_BYTES in all, or what is left of the file, and the beginning of the next line."""
+class _Reader:
+    """A file that seems to end where it cannot be read any further; `error` says why."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        import pyarrow as pa
+
+        try:
+            return bytes(self._file.read(size))
+        except (OSError, pa.ArrowException) as error:
+            self.error = error
+            return b""
+
+
+def _whole_lines(file: _Reader, rest: bytes, position: int) -> tuple[bytes, bytes]:
+    """Lines of at least BATCH_BYTES in all, or what is left of the file, and the beginning of the next line.
+
+    Raises:
+        InputError: There is no end to a line.
+    """
     parts, size, has_newline = [rest], len(rest), b"\n" in rest
     while size < BATCH_BYTES or not has_newline:
         data = file.read(_READ_BYTES)
         if not data:
-            return b"".join(parts), b""
+            whole = b"".join(parts)
+            # What comes last is a line, unless it was cut short.
+            return (whole if file.error is None else whole[: whole.rfind(b"\n") + 1]), b""
         parts.append(data)
         size += len(data)
         has_newline = has_newline or b"\n" in data
+        if not has_newline and size > _LONGEST_LINE_BYTES:
+            raise InputError(
+                f"the line at byte {position} is longer than {_LONGEST_LINE_BYTES:,} bytes: is it JSON Lines?"
+            )
     block = b"".join(parts)
     cut = block.rfind(b"\n") + 1
     return block[:cut], block[cut:]
 
 
-def _skip_line(file: Any, position: int) -> tuple[int, bytes]:
-    """Where the next line begins, and what was read of it."""
-    while data := file.read(_READ_BYTES):
+def _skip_line(file: _Reader, position: int, stop: int) -> tuple[int, bytes]:
+    """Where the next line begins, or a place beyond `stop`, and what was read of it."""
+    while position < stop and (data := file.read(_READ_BYTES)):
         end = data.find(b"\n")
         if end >= 0:
             return position + end + 1, data[end + 1 :]
         position += len(data)
-    return position, b""
+    return max(position, stop), b""
 
 
 def _parse(block: bytes, position: int, source: SourceRange, text_column: str) -> DocumentBatch:
@@ -174,25 +222,37 @@ class _NotTextError(ValueError):
     """The text column holds something else."""
 
 
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object with its keys as often as they stand there."""
+
+
 def _text_of(line: bytes, text_column: str) -> bytes | None:
     try:
-        row = json.loads(line)
+        # Bytes that are no UTF-8 are the affair of the key they stand under.
+        row = json.loads(line.decode(errors="surrogateescape"), object_pairs_hook=_Pairs)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(row, dict):
+    if not isinstance(row, _Pairs):
         raise ValueError(f"a {type(row).__name__}, not an object")  # noqa: TRY004 - one bad row, like a syntax error
-    value = row.get(text_column)
-    if value is None:
+    values = [value for key, value in row if key == text_column]
+    if len(values) > 1:
+        raise ValueError(f"has {len(values)} keys {text_column!r}")
+    if not values or values[0] is None:
         return None
+    (value,) = values
     if not isinstance(value, str):
-        raise _NotTextError(f"{text_column!r} is a {type(value).__name__}, not text")
+        kind = "object" if isinstance(value, _Pairs) else type(value).__name__
+        raise _NotTextError(f"{text_column!r} holds {kind}, not text")
     return value.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
 
 
 def _first_line_problem(path: str, text_column: str) -> str | None:
     """Why the text column cannot be found, by the first line; None when it can, or when that line is broken."""
+    line = b""
     with _open(path, _FINGERPRINT_BYTES) as file:
-        line = file.read(_READ_BYTES).removeprefix(_BYTE_ORDER_MARK).split(b"\n", 1)[0]
+        while b"\n" not in line and len(line) < _FIRST_LINE_BYTES and (data := file.read(_READ_BYTES)):
+            line += data
+    line = line.removeprefix(_BYTE_ORDER_MARK).split(b"\n", 1)[0]
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrainkit.documents import BATCH_BYTES, DocumentBatch, Piece, ShardInfo, blame_file
 from pretrainkit.documents.cleaning import clean
-from pretrainkit.errors import PretrainKitError
+from pretrainkit.errors import InputError, PretrainKitError
 from pretrainkit.records import Failure, SourceRange
 from pretrainkit.storage import ListedFile, is_remote, open_input
 
@@ -19,13 +19,10 @@ _FINGERPRINT_BYTES = 1 << 16
 def inspect(file: ListedFile, text_column: str) -> ShardInfo:
     """Row groups and text bytes of a shard, from its footer."""
     import pyarrow as pa
-    import xxhash
 
     try:
         with open_input(file.path) as source:
-            # The footer lies at the end and holds every offset, size and statistic: it changes with the contents.
-            source.seek(max(0, file.size - _FINGERPRINT_BYTES))
-            fingerprint = xxhash.xxh3_64_hexdigest(source.read(_FINGERPRINT_BYTES))
+            fingerprint = fingerprint_of(source)
             parquet = _open(source)
             problem = _column_problem(parquet, text_column)
             if problem is not None:
@@ -36,6 +33,14 @@ def inspect(file: ListedFile, text_column: str) -> ShardInfo:
         return ShardInfo(kind="file", fingerprint="", problem=blame_file(error, file.path))
 
 
+def fingerprint_of(file: Any) -> str:
+    """A hash of the end: the footer lies there, holds every offset, size and statistic, and changes with the text."""
+    import xxhash
+
+    file.seek(max(0, file.size() - _FINGERPRINT_BYTES))
+    return str(xxhash.xxh3_64_hexdigest(file.read(_FINGERPRINT_BYTES)))
+
+
 def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentBatch]:
     """The documents of row groups `source.start` .. `source.stop`, whatever happens to one of them."""
     import pyarrow as pa
@@ -43,7 +48,12 @@ def read(path: str, source: SourceRange, text_column: str) -> Iterator[DocumentB
     try:
         file = open_input(path)
         parquet = _open(file, prefetch=is_remote(path))
+        problem = _column_problem(parquet, text_column)
+        if problem is not None:
+            raise InputError(problem)
         sizes = [piece.text_bytes for piece in _pieces(parquet, text_column)]
+        if source.stop > len(sizes):
+            raise InputError(f"has {len(sizes)} row groups, {source.stop} are due")
     except (OSError, pa.ArrowException, PretrainKitError) as error:
         # It could be opened when the plan was made: something happened to it since.
         yield _bad_rows(source, None, None, 1, blame_file(error, path))
@@ -111,20 +121,41 @@ def _column_problem(parquet: Any, text_column: str) -> str | None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = pa.types
     tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
-             types.is_binary_view, types.is_fixed_size_binary)  # fmt: skip
+             types.is_binary_view, types.is_fixed_size_binary, types.is_null)  # fmt: skip
     if not any(test(kind) for test in tests):
         return f"column {text_column!r} holds {kind}, not text (--text_column)"
+    if len(_leaves(parquet, text_column)) > 1:  # pyarrow would read both
+        return f"has a column {text_column!r} and another with such a field inside; rename one of them"
     return None
 
 
-def _pieces(parquet: Any, text_column: str) -> Iterator[Piece]:
+def _leaves(parquet: Any, text_column: str) -> list[int]:
+    """Numbers of the columns, as they are stored, that a name selects."""
+    schema = parquet.metadata.schema
+    names = [schema.column(index).path for index in range(parquet.metadata.num_columns)]
+    return [index for index, name in enumerate(names) if name == text_column or name.startswith(f"{text_column}.")]
+
+
+def _pieces(parquet: Any, text_column: str) -> list[Piece]:
+    """One piece per row group.
+
+    Raises:
+        InputError: The footer contradicts itself: nobody can say how many rows there are.
+    """
     metadata = parquet.metadata
-    if metadata.num_row_groups == 0:
-        return
-    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaf = names.index(text_column)
+    leaves = _leaves(parquet, text_column)
+    pieces = []
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        yield Piece(
-            start=index, stop=index + 1, text_bytes=group.column(leaf).total_uncompressed_size, rows=group.num_rows
-        )
+        column = group.column(leaves[0])
+        if column.num_values != group.num_rows or group.num_rows < 0:
+            raise InputError(
+                f"its footer says {group.num_rows} rows, but {column.num_values} values of {text_column!r}, for row "
+                f"group {index}"
+            )
+        size = max(0, column.total_uncompressed_size)
+        pieces.append(Piece(start=index, stop=index + 1, text_bytes=size, rows=group.num_rows))
+    rows = sum(piece.rows or 0 for piece in pieces)
+    if rows != metadata.num_rows:
+        raise InputError(f"its footer says {metadata.num_rows} rows, but {rows} in its row groups")
+    return pieces

@@ -176,9 +176,12 @@ class Optimization:
         rows = [{"unit": unit, **vars(failure)} for unit, failure in found]
         if not rows and not exists(path):
             return
-        here = not is_remote(self._output_dir)
         # Several ranks may get here at once, and each knows of its own unfinished units alone.
-        with folder_lock(join(self._output_dir, "train"), "optimize", wait=True) if here else contextlib.nullcontext():
+        alone = self._executor.exclusive or is_remote(self._output_dir)
+        lock = (
+            contextlib.nullcontext() if alone else folder_lock(join(self._output_dir, "train"), "optimize", wait=True)
+        )
+        with lock:
             rows += [row for row in _rows_on_disk(path) if row["unit"] not in {*done, *mine}]
             rows.sort(key=lambda row: row["unit"])
             if rows:

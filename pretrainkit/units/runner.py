@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pretrainkit.arrow import string_array, string_buffers
-from pretrainkit.documents import DocumentBatch, joined, read_range, unusable
+from pretrainkit.documents import DocumentBatch, UntrustedShardError, joined, read_range, unusable
 from pretrainkit.errors import DatasetError, PretrainKitError
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
 from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
@@ -74,6 +74,7 @@ class UnitRunner:
 
     def __init__(self, job: Job, node: str, preloaded: Mapping[str, Engine] | None = None) -> None:
         self._job, self._node = job, node
+        self._untrusted: dict[tuple[str, str], str] = {}  # (split, shard) -> why
         text = read_bytes(join(job.output_dir, PLAN_FILENAME)).decode()
         self.plan = Plan.from_json(text, join(job.output_dir, PLAN_FILENAME))
         if self.plan.id != job.plan_id:
@@ -128,6 +129,9 @@ class UnitRunner:
             try:
                 for batch in self._batches(unit):
                     self._take(batch, unit, writers, progress)
+            except UntrustedShardError as error:
+                self._untrusted[unit.split, error.shard] = str(error)
+                return self._encode(index)  # anew, without it
             except EngineDisprovedError as error:
                 disproved = UnitResult(unit=index, committed=False, disproved=str(error))
                 return lambda: disproved
@@ -156,11 +160,12 @@ class UnitRunner:
     def _batches(self, unit: Unit) -> Iterator[tuple[DocumentBatch, str]]:
         """(batch, name of its shard) of a unit, in order."""
         for shard, source in self.plan.sources(unit):
-            if shard.problem is not None:
-                yield unusable(source, shard.problem), shard.name
+            problem = self._untrusted.get((shard.split, shard.name), shard.problem)
+            if problem is not None:
+                yield unusable(source, problem), shard.name
                 continue
             path = join(self._job.val_root if shard.split == "val" else self._job.train_root, shard.name)
-            for batch in joined(read_range(path, source, self.plan.settings.text_column)):
+            for batch in joined(read_range(path, source, self.plan.settings.text_column, shard.fingerprint)):
                 yield batch, shard.name
 
     def _take(
