@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 
@@ -364,6 +365,18 @@ def test_ids_beyond_the_vocabulary_are_found_without_metadata(tmp_path):
     assert BlockSource(folder, 7, vocabulary=128).blocks([15])[0, -1] == 127
     with pytest.raises(DatasetError, match="holds the token id 127, and the model has embeddings for 127"):
         BlockSource(folder, 7, vocabulary=127).blocks([15])
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [("int32", -5), ("int32", 1 << 20), ("uint16", 40_000)])
+def test_ids_that_damage_makes_are_named_before_a_model_sees_them(tmp_path, dtype, wrong):
+    folder = write_dataset(tmp_path / "damaged", dtype=dtype, max_token_id=127)
+    with open(folder / "chunk-0-2.bin", "rb+") as file:
+        file.seek(-4 * np.dtype(dtype).itemsize, os.SEEK_END)  # the last token of a block
+        file.write(np.array([wrong], dtype).tobytes())
+    source = BlockSource(folder, 7, vocabulary=128)
+    assert source.blocks([14])[0].tolist() == list(range(112, 120))
+    with pytest.raises(DatasetError, match=rf"holds the token id {wrong}, "):
+        source.blocks([15])
 
 
 def test_validation_gives_every_rank_as_many_batches(dataset):

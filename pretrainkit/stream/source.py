@@ -122,14 +122,26 @@ class BlockSource:
         views = [
             read(part)[begin : begin + length] for part, begin in zip(parts.tolist(), begins.tolist(), strict=True)
         ]
-        if self.info is None and self._vocabulary is not None:  # nobody has recorded the largest id
-            largest = max(int(view.max()) for view in views)
-            if largest >= self._vocabulary:
-                raise DatasetError(
-                    f"{self.folder} holds the token id {largest}, and the model has embeddings for "
-                    f"{self._vocabulary}; it was made with another tokenizer, choose a model whose vocabulary fits"
-                )
+        if self._vocabulary is not None:
+            self._check_ids(views, self._vocabulary)
         return views
+
+    def _check_ids(self, views: list[np.ndarray], vocabulary: int) -> None:
+        """Refuse ids without an embedding: a GPU would say no more than that an assertion failed."""
+        wrong = max(int(view.max()) for view in views)
+        if wrong < vocabulary and self.dtype.kind == "i":
+            wrong = min(int(view.min()) for view in views)
+        if 0 <= wrong < vocabulary:
+            return
+        if self.info is not None and wrong > self.info.max_token_id:
+            raise DatasetError(
+                f"{self.folder} holds the token id {wrong}, beyond the {self.info.max_token_id} that its metadata.json "
+                "says; it is damaged, see which chunk with `pretrainkit inspect --verify=full` and merge it again"
+            )
+        raise DatasetError(
+            f"{self.folder} holds the token id {wrong}, and the model has embeddings for {vocabulary}; it was made "
+            "with another tokenizer, choose a model whose vocabulary fits"
+        )
 
     def blocks(self, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
         """The blocks with these numbers, (n, block_size + 1) int64."""
