@@ -47,6 +47,8 @@ def storage_errors(doing: str) -> Iterator[None]:
         errno.EACCES: "no permission; give a folder that can be written",
         errno.EPERM: "no permission; give a folder that can be written",
         errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
+        errno.EEXIST: "a file lies where a folder belongs; give another path",
+        errno.EISDIR: "a folder lies where the file belongs; move it away",
         errno.EMFILE: "too many open files; raise the limit with ulimit -n",
     }
     try:

@@ -201,6 +201,15 @@ class CheckpointWriter:
                 shutil.rmtree(replaced)
             self._remove_old()
 
+    def forget_after(self, folder: Path) -> None:
+        """Remove the checkpoints of later steps than this one: the run has gone back to it and goes another way."""
+        if self._rank != 0:
+            return
+        step = _claimed_step(folder)
+        for later in complete_checkpoints(self.out_dir):
+            if later.name != FINAL_FOLDER and _claimed_step(later) > step:
+                _delete_checkpoint(later)
+
     def _remove_old(self) -> None:
         if self._config.keep_last is None:
             return

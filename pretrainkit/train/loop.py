@@ -184,6 +184,8 @@ def _rewind(run: Run) -> BlockLoader:
             f"{reason}, after {state.rewinds} rewinds; lower optimizer.init_args.lr or look at the data"
         )
     before = run.restore(folder)["state"]
+    # Else the newest checkpoint to resume from would be one of before, until as many steps are done again.
+    run.checkpoints.forget_after(folder)
     run.guard.forget()
     state.step, state.tokens, state.train_seconds = before.step, before.tokens, before.train_seconds
     state.recent_skips = 0

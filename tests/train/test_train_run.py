@@ -13,20 +13,20 @@ import torch
 import yaml
 
 from pretrainkit.config import DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
-from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
 from pretrainkit.train import checkpoint, loop, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while that step is computed."""
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM, *, rewinds: int = 0) -> None:
+    """Send this process a signal while that step is computed, after so many rewinds."""
     whole = loop._step
 
     def interrupted(run, *rest):
         whole(run, *rest)
-        if run.state.step == step:
+        if (run.state.step, run.state.rewinds) == (step, rewinds):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop, "_step", interrupted)
@@ -288,6 +288,35 @@ def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10, 11, 12]
     state = json.loads((arguments["out_dir"] / "final" / "state.json").read_text())["state"]
     assert (state["step"], state["data_step"], state["rewinds"]) == (12, 16, 1)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_after_a_rewind_goes_on_from_there_and_not_from_before(settings, rows, monkeypatch):
+    poison(monkeypatch, range(5, 8))
+    arguments = settings(guard=GuardConfig(max_skips=3), resume="auto")
+    with monkeypatch.context() as patched:
+        stop_at(patched, step=5, rewinds=1)
+        with pytest.raises(Interrupted, match="after step 5; saved"):
+            pretrain(**arguments)
+    checkpoints = sorted(path.name for path in arguments["out_dir"].glob("step-*"))
+    assert checkpoints[-1] == "step-00000005"
+    pretrain(**arguments)
+    (resumed,) = rows(arguments["out_dir"], "resume")
+    assert (resumed["step"], resumed["samples"]) == (5, 9 * 16)
+    assert len(rows(arguments["out_dir"], "rewind")) == 1
+    state = json.loads((arguments["out_dir"] / "final" / "state.json").read_text())["state"]
+    assert (state["step"], state["data_step"], state["rewinds"]) == (12, 16, 1)
+
+
+@pytest.mark.parametrize("name", ["", "config.yaml", "metrics.jsonl"])
+def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(settings, tmp_path, name):
+    if name:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    else:
+        (tmp_path / "run").write_text("mine")
+    with pytest.raises(StorageError, match="lies where a folder belongs|lies where the file belongs"):
+        pretrain(**settings(out_dir=tmp_path / "run"))
+    assert (tmp_path / "run" / name).exists()
 
 
 def test_nothing_but_bad_steps_ends_the_run_with_one_line(settings, monkeypatch):
