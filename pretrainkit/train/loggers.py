@@ -6,6 +6,7 @@ Guarantee: no logger waits for a network that is not there, and none stops the t
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import os
 import secrets
@@ -115,10 +116,15 @@ class WandbLogger:
             mode = "offline"
         state.wandb_id = state.wandb_id or secrets.token_hex(4)
         self._error = wandb.errors.Error
-        self._run: Any = wandb.init(
-            project=config.log.project or "pretrainkit", name=config.log.run, group=config.log.group,
-            dir=str(config.out_dir), config=settings, id=state.wandb_id, resume="allow", mode=mode,
+        begin = functools.partial(
+            wandb.init, project=config.log.project or "pretrainkit", name=config.log.run, group=config.log.group,
+            dir=str(config.out_dir), config=settings, id=state.wandb_id, resume="allow",
         )  # fmt: skip
+        try:
+            self._run: Any = begin(mode=mode)
+        except wandb.errors.Error as error:  # a key that is refused, say
+            logger.warning("wandb: %s; logging offline into %s/wandb (wandb sync sends it)", error, config.out_dir)
+            self._run = begin(mode="offline")
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """Take one row; the first failure is said, and the rest is left out."""

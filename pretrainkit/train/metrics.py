@@ -6,12 +6,14 @@ line of the file is whole JSON; a logger that cannot be reached is said once and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -95,21 +97,31 @@ class MetricsWriter:
             return
         row = {"event": event, "step": state.step, "tokens": state.tokens, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in values.items() if value is not None}
-        try:
+        with _said("metrics.jsonl cannot be written"):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        except OSError as error:  # a full disk must not end the training; the next save says so too
-            logger.warning("metrics.jsonl cannot be written (%s); training goes on", error.strerror)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for metrics_logger in self._loggers:
-            metrics_logger.log(numbers, state.step)
+            with _said("metrics cannot be logged"):
+                metrics_logger.log(numbers, state.step)
 
     def close(self) -> None:
         """Finish what loggers still send."""
         for metrics_logger in self._loggers:
-            metrics_logger.close()
+            with _said("metrics cannot be logged"):
+                metrics_logger.close()
         if self._file is not None:
-            self._file.close()
+            with _said("metrics.jsonl cannot be written"):
+                self._file.close()
+
+
+@contextlib.contextmanager
+def _said(problem: str) -> Iterator[None]:
+    """A full disk must not end the training: the next save says so too."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s (%s); training goes on", problem, error.strerror or error)
 
 
 def _finite(value: Any) -> Any:

@@ -77,6 +77,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / STATE_FILENAME).read_text(encoding="utf-8"))
+        missing = [key for key in ("config", "guard", "rng", "world_size") if key not in record]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         record["state"] = _parse_state(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE_FILENAME} cannot be read ({error}); take another checkpoint") from error
@@ -88,6 +91,10 @@ def _parse_state(record: dict[str, Any]) -> TrainState:
     from pretrainkit.stream import Cursor
 
     state = dict(record["state"])
+    for counter in dataclasses.fields(TrainState):
+        value = state.get(counter.name, counter.default)
+        if isinstance(counter.default, int | float) and not isinstance(value, int | float):
+            raise TypeError(f"{counter.name} is {value!r}, not a number")
     if "cursor" not in state:  # written before batch sizes and mixtures could change
         state |= _first_cursor(record)
     cursor = state.pop("cursor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from pretrainkit.train.manifest import MANIFEST_FILENAME, hash_files, read_manif
 from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, peak_flops, train_line
 from pretrainkit.train.optimizer import Muon, build_optimizer, gradient_norm, take_step
 from pretrainkit.train.signals import Ballot, SignalWatch
-from pretrainkit.train.state import TrainState, changes
+from pretrainkit.train.state import TrainState, changes, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -229,6 +230,16 @@ def test_metrics_are_whole_lines_even_after_a_kill(tmp_path):
     assert "mfu" not in second
 
 
+def test_metrics_on_a_full_disk_are_missed_and_nothing_else(tmp_path, caplog):
+    (tmp_path / METRICS_FILENAME).symlink_to("/dev/full")
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    writer = MetricsWriter(run_config(tmp_path, logger_name="csv"), {}, TrainState(), rank=0)
+    writer.write("train", TrainState(), loss=1.0)
+    writer.close()
+    assert "metrics.jsonl cannot be written (No space left on device); training goes on" in caplog.text
+    assert "metrics cannot be logged (No space left on device); training goes on" in caplog.text
+
+
 def test_other_ranks_write_nothing(tmp_path):
     writer = MetricsWriter(run_config(tmp_path / "run"), {}, TrainState(), rank=1)
     writer.write("train", TrainState(), loss=1.0)
@@ -293,6 +304,25 @@ def test_wandb_without_a_network_goes_offline(tmp_path, monkeypatch, caplog):
     assert "127.0.0.1 cannot be reached" in caplog.text
 
 
+def test_wandb_that_refuses_the_run_goes_offline(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def refuse(**options):
+        modes.append(options["mode"])
+        if options["mode"] != "offline":
+            raise wandb.errors.CommError("returned error 401")
+
+    modes = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr("wandb.init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        open_logger(run_config(tmp_path, logger_name="wandb"), {}, TrainState())
+    assert modes == [None, "offline"]
+    assert "wandb: returned error 401; logging offline" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_gets_numbers(tmp_path):
     opened = open_logger(run_config(tmp_path, logger_name="tensorboard"), {"a": 1}, TrainState())
@@ -302,6 +332,35 @@ def test_tensorboard_gets_numbers(tmp_path):
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"guard": None}, "it lacks guard"),
+        ({"rng": None, "config": None}, "it lacks config, rng"),
+        ({"state": {"step": "three"}}, "step is 'three', not a number"),
+        ({"state": {"unheard_of": 1}}, "unheard_of"),
+    ],
+)
+def test_a_state_that_another_program_wrote_is_one_line(tmp_path, change, words):
+    record = {
+        "config": {},
+        "guard": {},
+        "rng": "",
+        "world_size": 1,
+        "state": {"cursor": None, "portions": [], "step": 3},
+    }
+    (tmp_path / "state.json").write_text(json.dumps(record))
+    assert read_record(tmp_path)["state"].step == 3
+    for key, value in change.items():
+        if value is None:
+            del record[key]
+        else:
+            record[key] |= value
+    (tmp_path / "state.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=rf"state.json cannot be read \(.*{words}.*\); take another checkpoint"):
+        read_record(tmp_path)
 
 
 def test_changes_name_what_can_change_the_result():
