@@ -293,7 +293,7 @@ def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data
 @pytest.mark.slow
 def test_a_run_stopped_after_a_rewind_goes_on_from_there_and_not_from_before(settings, rows, monkeypatch):
     poison(monkeypatch, range(5, 8))
-    arguments = settings(guard=GuardConfig(max_skips=3), resume="auto")
+    arguments = settings(guard=GuardConfig(max_skips=3), resume="auto", train={"save_interval": 2})
     with monkeypatch.context() as patched:
         stop_at(patched, step=5, rewinds=1)
         with pytest.raises(Interrupted, match="after step 5; saved"):
