@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrainkit.config import CheckpointConfig
-from pretrainkit.errors import CheckpointError, StorageError
+from pretrainkit.errors import CheckpointError, PretrainKitError, StorageError
 from pretrainkit.storage import fsync_folder, storage_errors, write_json
 from pretrainkit.train.manifest import MANIFEST_FILENAME, Files, hash_files, read_manifest, verify_files, write_manifest
 from pretrainkit.train.parallel import gather_objects, together
@@ -148,21 +148,29 @@ class CheckpointWriter:
             self._error = error
 
     def _write(self, tensors: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
+        start = time.perf_counter()
+        partial = folder.with_name(f"{folder.name}{_PARTIAL}")
+        try:
+            together(lambda: self._prepare(partial, record), self._group)
+            self._write_tensors(tensors, partial)
+            together(lambda: self._publish(partial, folder, record["state"]["step"]), self._group)
+        except PretrainKitError:  # on every rank: nobody writes any more
+            if self._rank == 0:  # half a checkpoint would keep a full disk full
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.last_seconds = time.perf_counter() - start
+        self._saved = _place(record)
+
+    def _write_tensors(self, tensors: dict[str, Any], partial: Path) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
 
         from pretrainkit.train.dcp import write_tensors
 
-        start = time.perf_counter()
-        partial = folder.with_name(f"{folder.name}{_PARTIAL}")
-        together(lambda: self._prepare(partial, record), self._group)
         try:
             write_tensors(tensors, partial / TENSORS_FOLDER, self._group)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
-            raise StorageError(f"{folder} cannot be written: {reason}") from error
-        together(lambda: self._publish(partial, folder, record["state"]["step"]), self._group)
-        self.last_seconds = time.perf_counter() - start
-        self._saved = _place(record)
+            raise StorageError(f"{partial} cannot be written: {reason}") from error
 
     def _prepare(self, partial: Path, record: dict[str, Any]) -> None:
         import torch
