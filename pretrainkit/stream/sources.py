@@ -66,8 +66,8 @@ def check_tokenizers(sources: Sequence[BlockSource]) -> None:
         first, expected = described[0]
         if tokenizer.sha256 != expected.sha256:
             raise DatasetError(
-                f"{source.folder} was made with tokenizer {tokenizer.name!r}, {first.folder} with {expected.name!r}; "
-                "their ids mean different text: tokenize both with one"
+                f"{source.folder} was made with tokenizer {tokenizer.name!r} ({tokenizer.sha256[:8]}), {first.folder} "
+                f"with {expected.name!r} ({expected.sha256[:8]}); their ids mean different text: tokenize both with one"
             )
 
 
