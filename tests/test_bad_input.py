@@ -96,6 +96,49 @@ def test_nulls_and_empty_texts_are_counted_and_no_failure(tmp_path, tokenizer_di
     assert not (tmp_path / "out/failures.jsonl").exists()
 
 
+def test_a_column_without_any_text_is_counted_as_nulls(tmp_path, tokenizer_dir):
+    write_column(tmp_path / "in/a.parquet", pa.nulls(3))
+    write_parquet(tmp_path / "in/b.parquet", ["b"])
+    assert check_texts(tmp_path, tokenizer_dir, ["b"]).dropped == {"null": 3}
+
+
+@pytest.mark.parametrize("on_bad_input", ["fail", "skip"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("words", ["has changed", "is gone"])
+def test_an_input_that_changes_while_the_job_runs_ends_it(
+    tmp_path, tokenizer_dir, monkeypatch, on_bad_input, name, words
+):
+    path = tmp_path / "in" / name
+
+    def write(texts):
+        if name.endswith("jsonl"):
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:
+            write_parquet(path, texts)
+
+    def change_and_read(*arguments):
+        write(make_texts(20, seed=1)) if words == "has changed" else path.unlink()
+        return read_range(*arguments)
+
+    path.parent.mkdir()
+    write(make_texts(20))
+    read_range = runner.read_range
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "read_range", change_and_read)
+        with pytest.raises(InputError, match=rf"^{name} {words} since the job began; bring the old file back and run"):
+            run(tmp_path, tokenizer_dir, on_bad_input=on_bad_input)
+    assert not list(tmp_path.glob("out/train/*/index.json"))
+    write(make_texts(20))
+    check_texts(tmp_path, tokenizer_dir, make_texts(20), on_bad_input=on_bad_input)
+
+
+def test_a_name_that_is_not_utf8_is_refused_or_counted(tmp_path, tokenizer_dir):
+    write_parquet(tmp_path / "in/a.parquet", ["a"])
+    (tmp_path / "in" / os.fsdecode(b"b\xff.parquet")).write_bytes((tmp_path / "in/a.parquet").read_bytes())
+    (failure,) = check_located(tmp_path, tokenizer_dir, ["a"], {"bad_file": 1}, before_work=True)
+    assert (failure["shard"], failure["detail"]) == ("b\\xff.parquet", "its name is not UTF-8; rename it")
+
+
 def test_invalid_utf8_is_located_by_row_group_and_row(tmp_path, tokenizer_dir):
     column = as_strings([b"fine", b"\xff\xfe", b"fine too", b"\xed\xa0\x80 lone surrogate", b"end"])
     write_column(tmp_path / "in/a.parquet", column, row_group_size=2)
@@ -148,6 +191,22 @@ def encrypted(path):
     path.write_bytes(b"PARE" + b"\x00" * 100 + struct.pack("<I", 50) + b"PARE")
 
 
+def contradicting(path):
+    """Change one byte of the footer, so that the file's rows are not its row groups'."""
+    write_parquet(path, make_texts(10))
+    data = path.read_bytes()
+    for position in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data) - 8):
+        changed = data[:position] + bytes([data[position] ^ 2]) + data[position + 1 :]
+        try:
+            metadata = pq.ParquetFile(pa.BufferReader(changed)).metadata
+        except (pa.ArrowException, OSError):
+            continue
+        if (metadata.num_row_groups, metadata.num_rows) == (1, 11) and metadata.row_group(0).num_rows == 10:
+            path.write_bytes(changed)
+            return
+    raise AssertionError("no byte of the footer holds the number of rows")
+
+
 BAD_FILES = {
     "truncated": truncated,
     "empty": lambda path: path.write_bytes(b""),
@@ -156,6 +215,10 @@ BAD_FILES = {
     "encrypted": encrypted,
     "missing column": lambda path: pq.write_table(pa.table({"body": ["x"], "url": ["y"]}), path),
     "duplicate column": lambda path: pq.write_table(pa.table([pa.array(["x"])] * 2, names=["text", "text"]), path),
+    "a column whose name is another's with a dot": lambda path: pq.write_table(
+        pa.table({"text": ["x"], "text.raw": ["y"]}), path
+    ),
+    "a footer that contradicts itself": contradicting,
     "numbers": lambda path: write_column(path, pa.array([1, 2])),
     "nested": lambda path: write_column(path, pa.array([["x"], ["y"]])),
     "FIFO": os.mkfifo,
