@@ -5,7 +5,7 @@ own code runs when something of its own is first asked for. Guarantee: whoever u
 the whole of it, the same objects included; only the time of loading moves.
 
 `import lightning` and `import litgpt` load transformers, scipy, matplotlib, pandas and scikit-learn by way of
-torchmetrics: most of a short run's start (docs/performance.md, "Start-up"). Training needs none of them.
+torchmetrics: most of a short run's start (docs/performance.md, "Training"). Training needs none of them.
 """
 
 from __future__ import annotations

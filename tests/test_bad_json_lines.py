@@ -158,6 +158,16 @@ def test_nothing_is_used_of_a_compressed_file_whose_checksum_is_wrong(tmp_path, 
     assert failure["detail"].endswith(" of the text); nothing of it is used")
 
 
+def test_a_compressed_file_damaged_before_its_first_text_does_not_stop_the_proof_of_the_engine(tmp_path, tokenizer_dir):
+    data = bytearray(gzip.compress(lines_of([" ".join(make_texts(8000, seed=5))])))
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/b.jsonl.gz").write_bytes(data)
+    write_lines(tmp_path, lines_of(["a"]), name="a")
+    (failure,) = check_located(tmp_path, tokenizer_dir, ["a"], {"bad_file": 1}, engine="auto")
+    assert failure["detail"].endswith(" of the text); nothing of it is used")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_several_compressed_members_in_one_file_are_all_read(tmp_path, tokenizer_dir, suffix):
     parts = [COMPRESS[suffix](lines_of([text])) for text in ("a", "b", "c")]
