@@ -181,7 +181,7 @@ def unusable(source: SourceRange, problem: str) -> DocumentBatch:
 
 def refuse_all_bad(problems: list[tuple[str, str]]) -> InputError:
     """The error for shards that cannot be used: names the first few and says how to go on without them."""
-    shown = "; ".join(f"{name}: {problem}" for name, problem in problems[:5])
+    shown = "; ".join(f"{name}: {problem.rstrip('.')}" for name, problem in problems[:5])
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return InputError(
         f"{counted(len(problems), 'input file')} cannot be used: {shown}{more}. --on_bad_input=skip goes on without"
