@@ -24,6 +24,7 @@ The sample is every n-th document of the corpus, --sample_mb of text: the slow w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -263,6 +264,14 @@ def measure_whole(options: argparse.Namespace, tokenizer: Path, cores: int) -> t
     return seconds[0], seconds[1]
 
 
+def compare_whole(options: argparse.Namespace, tokenizer: Path, cores: int) -> dict[str, Any]:
+    """Median seconds of both whole commands, printed in one line."""
+    pairs = [measure_whole(options, tokenizer, cores) for _ in range(options.repeats)]
+    ours, stock = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    print(f"{tokenizer.name:<12}  ours {ours:.1f} s  stock {stock:.1f} s  {stock / ours:.1f} times", flush=True)
+    return {"tokenizer": tokenizer.name, "whole_ours_s": ours, "whole_stock_s": stock}
+
+
 def write_sample(corpus: Path, column: str, folder: Path, wanted_mb: float, files: int) -> None:
     """Every n-th document of a corpus as a corpus of so many files, and as one JSON Lines file beside it."""
     import pyarrow as pa
@@ -363,6 +372,13 @@ def show(row: dict[str, Any]) -> None:
     print("  ".join(cells), flush=True)
 
 
+def show_peers(row: dict[str, Any]) -> None:
+    """One line per way of each peer."""
+    print(f"{row['tokenizer']}, {row['cores']} core{'' if row['cores'] == 1 else 's'}:")
+    for name, rate in row["tokens_per_second_per_core"].items():
+        print(f"    {name:<28} {rate / 1e6:>8.3f}  ours is {row['times_peer'][name]:.1f} times as fast", flush=True)
+
+
 COLUMNS = (
     ("times_stock", 9, ".1f"),
     ("share_of_floor_2", 9, ".0%"),
@@ -414,34 +430,18 @@ def main() -> None:
         ]
         print("  ".join(heads))
         rows = []
-        for tokenizer in options.tokenizer:
-            for cores in options.cores:
-                rows.append(compare(options, tokenizer.resolve(), cores, megabytes))
-                show(rows[-1])
-        for tokenizer in options.tokenizer if options.peers else []:
-            for cores in options.cores:
-                rows.append(compare_peers(options, tokenizer.resolve(), cores))
-                rates, times = rows[-1]["tokens_per_second_per_core"], rows[-1]["times_peer"]
-                print(f"{tokenizer.name}, {cores} cores: " if cores > 1 else f"{tokenizer.name}, 1 core:")
-                for name in rates:
-                    print(
-                        f"    {name:<28} {rates[name] / 1e6:>8.3f}  ours is {times[name]:.1f} times as fast", flush=True
-                    )
+        for tokenizer, cores in itertools.product(options.tokenizer, options.cores):
+            rows.append(compare(options, tokenizer.resolve(), cores, megabytes))
+            show(rows[-1])
+        for tokenizer, cores in itertools.product(options.tokenizer if options.peers else [], options.cores):
+            rows.append(compare_peers(options, tokenizer.resolve(), cores))
+            show_peers(rows[-1])
         if options.whole:
             size = text_megabytes(options.whole_sample, options.text_column)
             print(
                 f"whole commands, start-up included, {max(options.cores)} cores, {size:.0f} MB of text in {parts} files"
             )
-            for tokenizer in options.tokenizer:
-                pairs = [
-                    measure_whole(options, tokenizer.resolve(), max(options.cores)) for _ in range(options.repeats)
-                ]
-                ours, stock = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-                rows.append({"tokenizer": tokenizer.name, "whole_ours_s": ours, "whole_stock_s": stock})
-                print(
-                    f"{tokenizer.name:<12}  ours {ours:.1f} s  stock {stock:.1f} s  {stock / ours:.1f} times",
-                    flush=True,
-                )
+            rows += [compare_whole(options, path.resolve(), max(options.cores)) for path in options.tokenizer]
         if options.json is not None:
             options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
