@@ -71,7 +71,7 @@ def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: i
     """(seconds, tokens) of our units."""
     from pretrainkit.plan import Plan
     from pretrainkit.tokenizers.folder import special_ids
-    from pretrainkit.units.runner import UnitRunner
+    from pretrainkit.units.runner import UnitRunner, preload
     from pretrainkit.units.work import Job
 
     output_dir = Path(options.scratch) / "ours"
@@ -84,7 +84,7 @@ def run_ours(options: argparse.Namespace, tokenizer: Path, share: int, shares: i
         tokenizer_dir=str(tokenizer),
         special_ids=special_ids(tokenizer, plan.tokenizer),
     )
-    runner = UnitRunner(job, f"node{share}")
+    runner = UnitRunner(job, f"node{share}", preload(job.tokenizer_dir, [plan.engine]))
     units = range(share, len(plan.units), shares)
     barrier.wait()
     start = CLOCKS[options.clock]()
@@ -126,8 +126,10 @@ def run_decode(
     """(seconds, tokens) of decoding the text and writing ids that are there already."""
     import numpy as np
 
+    from pretrainkit.memory import keep_freed_memory
     from pretrainkit.tokenizers.gigatoken import GigatokenEngine
 
+    keep_freed_memory()
     engine = GigatokenEngine(tokenizer)
     dtype = np.uint16 if max(engine._backend.vocab) < 65536 else np.int32
     encoded = [
@@ -146,8 +148,10 @@ def run_engine(
     options: argparse.Namespace, tokenizer: Path, share: int, shares: int, barrier: Any
 ) -> tuple[float, int]:
     """(seconds, tokens) of the engine alone, its cache empty at first as in a real worker."""
+    from pretrainkit.memory import keep_freed_memory
     from pretrainkit.tokenizers.gigatoken import GigatokenEngine
 
+    keep_freed_memory()
     columns = list(read_batches(options.corpus, options.text_column, share, shares))
     engine = GigatokenEngine(tokenizer)
     barrier.wait()

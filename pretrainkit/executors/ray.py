@@ -20,7 +20,7 @@ from typing import Any
 
 from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError
 from pretrainkit.executors import MAX_DEATHS_PER_UNIT
-from pretrainkit.units.runner import UnitRunner
+from pretrainkit.units.runner import UnitRunner, preload
 from pretrainkit.units.work import Job, UnitResult
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class _Tasks:
 @functools.lru_cache(maxsize=1)
 def _runner(job: Job, node: str) -> UnitRunner:
     """The runner of this worker process; Ray reuses the process, so the tokenizer is loaded once."""
-    return UnitRunner(job, node)
+    return UnitRunner(job, node, preload(job.tokenizer_dir, ()))
 
 
 def _run_unit(job: Job, unit: int) -> UnitResult | PretrainKitError:

@@ -7,14 +7,13 @@ killed at any moment leaves nothing that counts; doing a unit twice, anywhere, g
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import itertools
 import os
-import shutil
-import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from pretrainkit.arrow import string_array, string_buffers
+from pretrainkit.direct import DirectWriter
 from pretrainkit.documents import DocumentBatch, UntrustedShardError, joined, read_range, unusable
 from pretrainkit.errors import DatasetError, PretrainKitError
+from pretrainkit.memory import keep_freed_memory, return_free_memory
 from pretrainkit.plan import PLAN_FILENAME, Plan, Unit
 from pretrainkit.records import Failure, UnitRecord, add_counts, record_name
-from pretrainkit.storage import fsync_folder, is_remote, join, process_mark, publish, read_bytes, storage_errors
+from pretrainkit.storage import fsync_folder, is_remote, join, publish, read_bytes, storage_errors
 from pretrainkit.tokenizers import AUTO, EncodedDocuments, Engine
 from pretrainkit.tokenizers.auto import (
     EngineDisprovedError,
@@ -35,10 +36,10 @@ from pretrainkit.tokenizers.auto import (
     load_engine,
     reference_engine,
 )
-from pretrainkit.tokenizers.gigatoken import return_free_memory
 from pretrainkit.units.boundaries import Boundaries, TokenArray
-from pretrainkit.units.chunks import ChunkWriter
-from pretrainkit.units.work import STAGE_PREFIX, Job, UnitResult
+from pretrainkit.units.chunks import ChunkWriter, staged_chunk
+from pretrainkit.units.stage import Stage
+from pretrainkit.units.work import Job, UnitResult
 
 _MAX_FAILURES_RECORDED = 1000
 # One document of each 4 MiB batch, of at most this size, is encoded by the reference too: some 1 % of the time.
@@ -87,6 +88,9 @@ class UnitRunner:
         checks = settings.engine == AUTO and self.plan.engine != reference
         self._reference = (preloaded.get(reference) or load_engine(reference, tokenizer_dir)) if checks else None
         return_free_memory()
+        self._files = DirectWriter()
+        # One thread writes, syncs and publishes, in order, while this one reads and encodes.
+        self._publisher = ThreadPoolExecutor(1)
         self._boundaries = Boundaries(
             settings.boundary,
             self.plan.tokenizer,
@@ -100,7 +104,7 @@ class UnitRunner:
         Raises:
             StorageError: The output cannot be written.
         """
-        return self._encode(index)()
+        return self._publisher.submit(self._encode(index)).result()
 
     def run_all(self, units: Iterable[int]) -> Iterator[UnitResult]:
         """Do units in turn; each is written, synced and published while the next one is encoded.
@@ -108,27 +112,32 @@ class UnitRunner:
         Raises:
             StorageError: The output cannot be written.
         """
-        with ThreadPoolExecutor(1) as publisher:
-            before: Future[UnitResult] | None = None
+        publishing: collections.deque[Future[UnitResult]] = collections.deque()
+        try:
             for index in units:
-                publish_unit = self._encode(index)
-                if before is not None:
-                    yield before.result()
-                before = publisher.submit(publish_unit)
-            if before is not None:
-                yield before.result()
+                publishing.append(self._publisher.submit(self._encode(index)))
+                if len(publishing) > 1:  # what was encoded before is in memory until then
+                    yield publishing.popleft().result()
+            while publishing:
+                yield publishing.popleft().result()
+        finally:
+            wait(publishing)
 
     def _encode(self, index: int) -> Callable[[], UnitResult]:
-        """Read and encode one unit; what is left to do is to call the result."""
+        """Read and encode one unit; what is left to do, in the publishing thread, is to call the result."""
         unit = self.plan.units[index]
-        with contextlib.ExitStack() as cleanup:
-            cleanup.enter_context(storage_errors(f"write {self._job.output_dir}"))
-            stage = cleanup.enter_context(self._stage(index))
-            writers = {split: self._writer(stage, unit, split) for split in self.plan.splits}
-            progress = _Progress()
+        stage = Stage(self._job.output_dir, self._node, index)
+        writers = {split: self._writer(stage, unit, split) for split in self.plan.splits}
+        progress = _Progress()
+        with contextlib.ExitStack() as unless_encoded:
+            # In the thread that writes there, after what it was given to write before.
+            unless_encoded.callback(lambda: self._publisher.submit(stage.remove).result())
             try:
-                for batch in self._batches(unit):
-                    self._take(batch, unit, writers, progress)
+                with storage_errors(f"write {self._job.output_dir}"):
+                    for batch in self._batches(unit):
+                        self._take(batch, unit, writers, progress)
+                    for writer in writers.values():
+                        writer.close()
             except UntrustedShardError as error:
                 self._untrusted[unit.split, error.shard] = str(error)
                 return self._encode(index)  # anew, without it
@@ -138,18 +147,14 @@ class UnitRunner:
             if progress.failures and self._job.on_bad_input == "fail":
                 failed = UnitResult(unit=index, committed=False, failures=tuple(progress.failures))
                 return lambda: failed
-            to_clean_up = cleanup.pop_all()
+            unless_encoded.pop_all()
+        return functools.partial(self._publish, stage, unit, writers, progress)
 
-        def publish_unit() -> UnitResult:
-            with to_clean_up:
-                return self._publish(stage, unit, writers, progress)
-
-        return publish_unit
-
-    def _writer(self, stage: Path, unit: Unit, split: str) -> ChunkWriter:
-        (stage / split).mkdir()
+    def _writer(self, stage: Stage, unit: Unit, split: str) -> ChunkWriter:
         return ChunkWriter(
-            stage / split,
+            stage,
+            self._files,
+            self._publisher,
             unit=unit.index,
             split=split,
             dtype=self.plan.token_dtype,
@@ -245,42 +250,30 @@ class UnitRunner:
         np.cumsum(lengths[keep], out=offsets[1:])
         return texts.filter(pa.array(keep)), EncodedDocuments(encoded.ids[np.repeat(keep, lengths)], offsets)
 
-    @contextlib.contextmanager
-    def _stage(self, index: int) -> Iterator[Path]:
-        """A private folder for one attempt, on the file system of the output where that is local."""
-        if is_remote(self._job.output_dir):
-            with tempfile.TemporaryDirectory(prefix="pretrainkit-") as folder:
-                yield Path(folder)
-            return
-        node = Path(self._job.output_dir) / "train" / self._node
-        node.mkdir(parents=True, exist_ok=True)
-        # A name of its own: the clean-up of an attempt of ours that failed may come when the next one is under way.
-        prefix = f"{STAGE_PREFIX}{socket.gethostname()}-{process_mark(os.getpid())}-{index}-"
-        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=node))
-        try:
-            yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-    def _publish(self, stage: Path, unit: Unit, writers: dict[str, ChunkWriter], progress: _Progress) -> UnitResult:
+    def _publish(self, stage: Stage, unit: Unit, writers: dict[str, ChunkWriter], progress: _Progress) -> UnitResult:
         """Chunks first, then the validation split's record, then the training split's, which commits the unit."""
-        counts = {split: writer.finish() for split, writer in writers.items()}
-        for split, writer in reversed(writers.items()):
-            record = UnitRecord(
-                plan=self.plan.id,
-                unit=unit.index,
-                units_planned=len(self.plan.units),
-                split=split,
-                documents_in=progress.rows,
-                dropped=add_counts(progress.dropped),
-                splits=counts,
-                chunks=tuple(writer.chunks),
-                source=tuple(source for _, source in self.plan.sources(unit)),
-                engine=self.plan.engine,
-                failures=tuple(progress.failures),
-            )
-            assert record.unaccounted() == 0, f"unit {unit.index}: {record.unaccounted()} documents unaccounted for"
-            self._publish_split(stage / split, record)
+        counts = {split: writer.counts() for split, writer in writers.items()}
+        try:
+            with storage_errors(f"write {self._job.output_dir}"):
+                for split, writer in reversed(writers.items()):
+                    record = UnitRecord(
+                        plan=self.plan.id,
+                        unit=unit.index,
+                        units_planned=len(self.plan.units),
+                        split=split,
+                        documents_in=progress.rows,
+                        dropped=add_counts(progress.dropped),
+                        splits=counts,
+                        chunks=writer.chunks(),
+                        source=tuple(source for _, source in self.plan.sources(unit)),
+                        engine=self.plan.engine,
+                        failures=tuple(progress.failures),
+                    )
+                    lost = record.unaccounted()
+                    assert lost == 0, f"unit {unit.index}: {lost} documents unaccounted for"
+                    self._publish_split(stage, record)
+        finally:
+            stage.remove()
         return UnitResult(
             unit=unit.index,
             text_bytes=sum(c.text_bytes for c in counts.values()),
@@ -288,10 +281,10 @@ class UnitRunner:
             failures=tuple(progress.failures),
         )
 
-    def _publish_split(self, stage: Path, record: UnitRecord) -> None:
+    def _publish_split(self, stage: Stage, record: UnitRecord) -> None:
         folder = join(self._job.output_dir, record.split, self._node)
         # The record is staged too: whoever is killed leaves nothing behind but the stage, which is swept.
-        staged, target = stage / "record.json", join(folder, record_name(record.unit))
+        staged, target = stage.path / "record.json", join(folder, record_name(record.unit))
         with open(staged, "w", encoding="utf-8") as file:
             file.write(record.to_json())
             file.flush()
@@ -299,7 +292,7 @@ class UnitRunner:
         if not is_remote(folder):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
         for chunk in record.chunks:
-            publish(stage / chunk.filename, join(folder, chunk.filename))
+            publish(staged_chunk(stage, record.split, chunk.filename), join(folder, chunk.filename))
         if record.chunks and not is_remote(folder):
             fsync_folder(folder)
         # Its own name is synced when the folder is finished: until then a power cut may take it back, and the unit is
@@ -308,9 +301,13 @@ class UnitRunner:
 
 
 def preload(tokenizer_dir: str, engines: Iterable[str]) -> dict[str, Engine]:
-    """Load engines, and what reading needs, before there is a job; one that cannot be loaded is left to the driver."""
+    """Make this process a worker: load engines, and what reading needs, before there is a job.
+
+    An engine that cannot be loaded is left out: it is the driver that says so.
+    """
     import pyarrow.parquet  # noqa: F401 - so that the first unit does not wait for it
 
+    keep_freed_memory()
     loaded = {}
     for name in engines:
         with contextlib.suppress(PretrainKitError):
