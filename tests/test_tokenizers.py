@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -253,3 +254,16 @@ def test_string_arrays_are_those_of_pyarrow():
     small, large = pa.array(["a", "b"]).slice(1), pa.array(["c"], pa.large_string())
     assert concat([small, small]).to_pylist() == ["b", "b"]
     assert concat([small, large]).equals(string_array(["b", "c"]))
+
+
+def test_gigatoken_leaves_awkward_to_others(tokenizer_dir):
+    import awkward
+
+    engine = load_engine("gigatoken", tokenizer_dir)
+    before = engine.encode(pa.array(["one text"])).ids.tolist()
+    assert sys.modules["awkward"] is awkward
+    assert awkward.Array([[1], [2, 3]]).tolist() == [[1], [2, 3]]
+    del sys.modules["awkward"]
+    assert engine.encode(pa.array(["one text"])).ids.tolist() == before
+    assert "awkward" not in sys.modules
+    sys.modules["awkward"] = awkward

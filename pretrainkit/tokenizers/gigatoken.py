@@ -17,6 +17,7 @@ from pretrainkit.errors import TokenizerError
 from pretrainkit.memory import resident_bytes, return_free_memory
 from pretrainkit.tokenizers import EncodedDocuments
 from pretrainkit.tokenizers.folder import split_added_tokens, tokenizer_file
+from pretrainkit.tokenizers.merges import with_used_merges
 
 # The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the
 # old and the new one side by side for a moment, and longer words apart. A worker has 1 GB in all, so a table of 2^23
@@ -137,7 +138,7 @@ class GigatokenEngine:
 def _definition(path: Path) -> str:
     before, added, after = split_added_tokens(path)
     # Text is text: a token that is not registered cannot be found in a document.
-    return before + json.dumps([token for token in added if not token.get("special")]) + after
+    return before + json.dumps([token for token in added if not token.get("special")]) + with_used_merges(after)
 
 
 def _converted_definition(path: Path) -> str:
