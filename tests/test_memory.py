@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_documents_of_50_mb_pass_within_a_gigabyte(tmp_path, tokenizer_dir):
     (tmp_path / "in").mkdir()
     texts = [text_of(50, seed) for seed in range(3)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "in/huge.parquet")
+    assert peak_bytes(tokenizer_dir, tmp_path) < 1e9
+
+
+@pytest.mark.slow
+def test_a_word_of_50_mb_passes_within_a_gigabyte(tmp_path, tokenizer_dir):
+    (tmp_path / "in").mkdir()
+    word = "".join(random.Random(0).choices("etaoinshrdlu", k=1_000_000)) * 50
+    pq.write_table(pa.table({"text": [word]}), tmp_path / "in/word.parquet")
     assert peak_bytes(tokenizer_dir, tmp_path) < 1e9
 
 

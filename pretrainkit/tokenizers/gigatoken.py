@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from pretrainkit.memory import resident_bytes, return_free_memory
 from pretrainkit.tokenizers import EncodedDocuments
 from pretrainkit.tokenizers.folder import split_added_tokens, tokenizer_file
 from pretrainkit.tokenizers.merges import with_used_merges
+from pretrainkit.tokenizers.pieces import encode_in_pieces
 
 # The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the
 # old and the new one side by side for a moment, and longer words apart. A worker has 1 GB in all, so a table of 2^23
@@ -28,14 +31,21 @@ _LARGEST_TABLE_GROWTH_BYTES = 100 << 20
 _RELOAD_AFTER_GROWTH_BYTES = 448 << 20
 # Loading takes half a second: not more often than this.
 _RELOAD_AFTER_TEXT_BYTES = 64 << 20
+# What is longer is cut into pieces, whose words' halves then fit into the processor's cache.
+_LONG_DOCUMENT_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 18
+
+_Ids = np.ndarray[Any, np.dtype[np.uint32]]
+_Characters = np.ndarray[Any, np.dtype[np.uint8]]
+_Lengths = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class _Documents(NamedTuple):
     """What `encode_batch` reads without a Python object per document."""
 
-    characters: np.ndarray[Any, np.dtype[np.uint8]]
+    characters: _Characters
     """(bytes,) UTF-8 of all documents, one after another."""
-    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    lengths: _Lengths
     """(documents,) bytes of each."""
 
 
@@ -85,7 +95,7 @@ class GigatokenEngine:
     def __init__(self, tokenizer_dir: Path) -> None:
         kind, self._path = tokenizer_file(tokenizer_dir)
         try:
-            self._definition = _definition(self._path) if kind == "json" else _converted_definition(self._path)
+            self._definition, self._has_added = _definition(self._path) if kind == "json" else _converted(self._path)
         except ImportError as error:
             raise TokenizerError(f"gigatoken cannot be imported ({error}); use engine=tokenizers") from error
         except (ValueError, TypeError, KeyError) as error:
@@ -95,7 +105,7 @@ class GigatokenEngine:
     def _load(self) -> None:
         self._backend: Any = None  # lets go of the old cache before the new tokenizer takes memory
         try:
-            from gigatoken.gigatoken_rs import load_hf_json
+            from gigatoken.gigatoken_rs import BPETokenizer, load_hf_json
 
             self._backend = load_hf_json(self._definition)
         except ImportError as error:
@@ -106,6 +116,8 @@ class GigatokenEngine:
         self._text_since_load = 0
         self._resident_at_load = resident_bytes()
         self._table_is_large = False
+        # An added token may lie across any place, and other models do not begin with words.
+        self._can_cut = isinstance(self._backend, BPETokenizer) and not self._has_added
 
     def _unsupported(self, error: Exception) -> TokenizerError:
         reason = " ".join(str(error).split())
@@ -114,14 +126,39 @@ class GigatokenEngine:
     def encode(self, documents: Any) -> EncodedDocuments:
         """See `Engine.encode`."""
         offsets, characters = string_buffers(documents)
-        resident = self._bound_cache(characters.size)
+        lengths = np.diff(offsets)
+        is_long = (lengths > _LONG_DOCUMENT_BYTES) & self._can_cut
+        edges = sorted({0, len(lengths), *np.flatnonzero(is_long), *(np.flatnonzero(is_long) + 1)})
+        encoded = []
+        for first, last in itertools.pairwise(edges):  # a long document, or as many others as follow each other
+            part = _Documents(characters[offsets[first] : offsets[last]], lengths[first:last])
+            encoded.append(self._encode_long(part) if is_long[first] else self._encode(part))
+        ids, counts = encoded[0] if len(encoded) == 1 else map(np.concatenate, zip(*encoded, strict=True))
+        ends = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(counts, out=ends[1:])
+        return EncodedDocuments(ids, ends)
+
+    def _encode_long(self, document: _Documents) -> tuple[_Ids, _Lengths]:
+        """`_encode` of one document that is cut into pieces."""
+
+        def encode_piece(characters: _Characters) -> _Ids:
+            return self._encode(_Documents(characters, np.array([characters.size])))[0]
+
+        ids = encode_in_pieces(document.characters, encode_piece, lambda: self._vocabulary, _PIECE_BYTES)
+        return ids, np.array([len(ids)])
+
+    def _encode(self, documents: _Documents) -> tuple[_Ids, _Lengths]:
+        """Ids of documents one after another, and how many each has."""
+        resident = self._bound_cache(documents.characters.size)
         with _instead_of_awkward():
-            ids, lengths = self._backend.encode_batch(_Documents(characters, np.diff(offsets)), parallel=False)
+            ids, counts = self._backend.encode_batch(documents, parallel=False)
         growth = resident_bytes() - resident - ids.nbytes
         self._table_is_large |= growth > _LARGEST_TABLE_GROWTH_BYTES
-        ends = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=ends[1:])
-        return EncodedDocuments(ids, ends)
+        return ids, counts
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[int, bytes]:
+        return dict(self._backend.vocab)
 
     def _bound_cache(self, text_bytes: int) -> int:
         """Start with an empty cache when it has grown large; resident memory of this process, bytes."""
@@ -135,15 +172,18 @@ class GigatokenEngine:
         return resident
 
 
-def _definition(path: Path) -> str:
+def _definition(path: Path) -> tuple[str, bool]:
+    """What gigatoken is to load, and whether it has tokens that are looked for in the text before it is split."""
     before, added, after = split_added_tokens(path)
     # Text is text: a token that is not registered cannot be found in a document.
-    return before + json.dumps([token for token in added if not token.get("special")]) + with_used_merges(after)
+    registered = [token for token in added if not token.get("special")]
+    return before + json.dumps(registered) + with_used_merges(after), bool(registered)
 
 
-def _converted_definition(path: Path) -> str:
+def _converted(path: Path) -> tuple[str, bool]:
+    """The same for a tokenizer.model."""
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
     content = json.loads(sentencepiece_to_tokenizer_json(path.read_bytes()))
-    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    return json.dumps(content)
+    registered = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    return json.dumps({**content, "added_tokens": registered}), bool(registered)
