@@ -146,15 +146,30 @@ def uses_compile(compute: ComputeConfig, device: torch.device) -> bool:
 def checkpoint_activations(model: nn.Module, what: str) -> None:
     """Let the named parts of every block compute their activations again in the backward pass.
 
-    The forward method is wrapped in place instead of the module, so that parameters keep their names.
+    The parts change their class and stay what they are, so that parameters keep their names.
     """
-    from torch.utils.checkpoint import checkpoint
-
     if what == "none":
         return
     for block in model.transformer.h:  # type: ignore[union-attr]
         part: Any = {"block": block, "attention": block.attn, "mlp": block.mlp}[what]
-        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+        own_class: Any = type(part)
+        part.__class__ = _checkpointed(own_class)
+
+
+@functools.cache
+def _checkpointed(part_class: type) -> type:
+    """The same class, whose `forward` keeps nothing but its inputs.
+
+    A class and no wrapper around each part's own method: the compiler takes such methods for as many different
+    functions, compiles every block anew, and gives up after the eighth.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(self: Any, *args: Any) -> Any:
+        own = part_class.forward.__get__(self)  # type: ignore[attr-defined]
+        return checkpoint(own, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return type(f"Checkpointed{part_class.__name__}", (part_class,), {"forward": forward})
 
 
 def _use_float8(model: nn.Module) -> None:
