@@ -13,6 +13,7 @@ from pretrainkit import models
 from pretrainkit.config import LossConfig
 from pretrainkit.errors import DatasetError, ModelError
 from pretrainkit.metadata import DatasetInfo, TokenizerInfo
+from pretrainkit.models import loss
 from pretrainkit.models.documents import IGNORED_TARGET, DocumentBoundary
 from pretrainkit.models.loss import linear_cross_entropy
 
@@ -104,6 +105,21 @@ def test_loss_without_gradients_equals_loss_with():
         evaluated = model(tokens)
     assert torch.equal(evaluated.loss, model(tokens).loss.detach())
     assert not evaluated.loss.requires_grad
+
+
+@pytest.mark.parametrize(("chunk_tokens", "lengths"), [(16, [16, 16]), (14, [8, 8, 8, 8]), (31, [16, 16]), (40, [32])])
+def test_chunks_of_the_loss_are_of_one_length(chunk_tokens, lengths, monkeypatch):
+    """Else the compiler makes one version for each."""
+    step, seen = loss.loss_and_logit_gradient, []
+
+    def watched(logits, *rest):
+        seen.append(len(logits))
+        return step(logits, *rest)
+
+    monkeypatch.setattr(loss, "loss_and_logit_gradient", watched)
+    targets = torch.arange(32) % 24
+    linear_cross_entropy(torch.randn(32, 8), torch.randn(24, 8), None, targets, chunk_tokens=chunk_tokens)
+    assert seen == lengths
 
 
 def test_loss_under_autocast_computes_in_bf16_and_keeps_fp32_gradients():

@@ -21,6 +21,10 @@ _CHUNK_LOGITS_FUSED = 1 << 28  # bf16 logits and their gradient: 1 GiB
 _CHUNK_LOGITS_GPU = 1 << 26  # a few fp32 copies: 1 GiB
 _CHUNK_LOGITS_CPU = 1 << 25  # two fp32 copies: 256 MiB; smaller chunks make matrix products too thin to be fast
 
+# Whether a product of 16-bit matrices on a GPU can be added to an fp32 matrix.
+# Source: torch aten/src/ATen/native/cuda/Blas.cpp, _addmm_dtype_out_cuda, since pytorch/pytorch#167931.
+_ADDS_IN_FP32 = torch.__version__ >= "2.10"
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -118,11 +122,23 @@ def _fused_step() -> Callable[..., Any]:
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`total + left @ right`, in fp32 from the second product on: a bf16 sum of many would lose the small ones."""
-    if total is None:
-        return left @ right
     if left.dtype == torch.float32:
-        return total.addmm_(left, right)
-    return total.float().add_(left @ right)
+        return left @ right if total is None else total.addmm_(left, right)
+    if left.is_cuda and _ADDS_IN_FP32:  # the product itself adds: no pass over the head's whole gradient beside it
+        if total is None:
+            return torch.mm(left, right, torch.float32)
+        return torch.addmm(total, left, right, torch.float32, out=total)
+    product = left @ right
+    return product if total is None else total.float().add_(product)
+
+
+def _num_chunks(positions: int, chunk_tokens: int) -> int:
+    """Chunks of at most `chunk_tokens`; of equal length where that takes no more than half as many again.
+
+    A compiled step is compiled once per length.
+    """
+    least = -(-positions // chunk_tokens)
+    return next((number for number in range(least, least + least // 2 + 1) if positions % number == 0), least)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -147,9 +163,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight: torch.Tensor | None = None
         grad_bias: torch.Tensor | None = None
 
-        # Chunks of equal length where possible, so that a compiled step meets one shape.
         start = 0
-        for chunk in hidden.tensor_split(-(-len(targets) // chunk_tokens)):
+        for chunk in hidden.tensor_split(_num_chunks(len(targets), chunk_tokens)):
             stop = start + len(chunk)
             cast_hidden = chunk.to(dtype)
             logits = functional.linear(cast_hidden, cast_weight, cast_bias)
