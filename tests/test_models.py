@@ -122,6 +122,17 @@ def test_chunks_of_the_loss_are_of_one_length(chunk_tokens, lengths, monkeypatch
     assert seen == lengths
 
 
+def test_blocks_hand_on_bf16_under_autocast():
+    model = build(LLAMA)
+    seen = []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda _block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_tokens()).loss.backward()
+    assert set(seen) == {torch.bfloat16}
+    assert model.transformer.wte.weight.grad.dtype == torch.float32
+
+
 def test_loss_under_autocast_computes_in_bf16_and_keeps_fp32_gradients():
     model = build(LLAMA)
     tokens = random_tokens()

@@ -133,6 +133,10 @@ class PretrainGPT(SketchableGPT):
         if length > self.max_seq_length:
             raise ModelError(f"a block of {length} tokens is longer than the model's context of {self.max_seq_length}")
         hidden = self.transformer.wte(inputs)
+        # Autocast leaves embeddings alone: what blocks hand on would stay in fp32, and every norm and sum would move
+        # twice the bytes. Under FSDP it is bf16 as well.
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if self.config.scale_embeddings:
             hidden = hidden * torch.tensor(self.config.n_embd**0.5, dtype=hidden.dtype)
         cos, sin = self.cos[:length].unsqueeze(0), self.sin[:length].unsqueeze(0)
