@@ -130,8 +130,8 @@ def set_up_model(fabric: Any, model: nn.Module, config: PretrainConfig) -> nn.Mo
     if compute.float8:
         _use_float8(model)
     if uses_compile(compute, fabric.device):
-        for block in model.transformer.h:  # type: ignore[union-attr]
-            block.compile()
+        for part in (*model.transformer.h, model.transformer.ln_f):  # type: ignore[union-attr, misc]
+            part.compile()
     if fabric.world_size == 1:
         _fill(model, fabric.device.type, config.seed)
     wrapped: nn.Module = fabric.setup_module(model, _reapply_compile=False)
