@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -30,17 +31,17 @@ METRICS_FILENAME = "metrics.jsonl"
 
 # Dense bf16 operations per second. Source: the makers' data sheets, without sparsity.
 _PEAK_FLOPS = {
-    "B200": 2.25e15, "B100": 1.75e15, "GB200": 2.5e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12, "A6000": 155e12, "A40": 150e12,
-    "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
-    "MI250X": 191e12,
+    "B200": 2.25e15, "B100": 1.75e15, "GB200": 2.5e15, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12,
+    "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+    "A6000": 155e12, "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
+    "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12,
+    "T4": 65e12, "MI300X": 1307e12, "MI250X": 191e12,
 }  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 operations per second of a GPU by its name; None when it is not known."""
-    known = [name for name in _PEAK_FLOPS if name.casefold() in device_name.casefold()]
+    known = [name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)]
     return _PEAK_FLOPS[max(known, key=len)] if known else None
 
 

@@ -259,7 +259,16 @@ def test_one_line_per_logged_step():
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("x", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("x", None),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H20", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+    ],
 )
 def test_known_devices_have_a_peak(name, peak):
     assert peak_flops(name) == peak
