@@ -55,7 +55,7 @@ class Memory:
     weights: float
     """This rank's shard."""
     gradients: float
-    """This rank's shard."""
+    """This rank's shard; the whole model's while micro batches accumulate."""
     optimizer: float
     """This rank's shard."""
     gathered: float
@@ -106,9 +106,14 @@ def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Lit
         gathered = 2.0 * needs.largest_block_parameters * computed  # the one in use, and the next on its way
     else:
         gathered = float(needs.parameters * computed if computed < stored else 0)
+    gradients = shard * (4 if world_size > 1 else stored)
+    if world_size > 1 and facts.plan.accumulation > 1:
+        # Between micro batches FSDP reduces nothing, and keeps whole gradients instead.
+        # Source: torch distributed/fsdp/_fully_shard/_fsdp_param.py, to_accumulated_grad_if_needed.
+        gradients = 4.0 * needs.parameters
     return Memory(
         weights=shard * stored,
-        gradients=shard * (4 if world_size > 1 else stored),
+        gradients=gradients,
         optimizer=shard * stored * (1 if config.optimizer.class_path == "Muon" else 2),
         gathered=gathered,
         activations=float(needs.activation_bytes),
@@ -129,6 +134,8 @@ def check_fit(config: PretrainConfig, memory: Memory, device: Device) -> None:
     replicas = config.compute.replicas or _num_nodes(config)
     if memory.activations > state and config.compute.activation_checkpointing != "block":
         way = "use compute.activation_checkpointing=block or a smaller train.micro_batch_size"
+    elif memory.gradients > memory.optimizer and memory.total - memory.gradients + memory.weights <= usable:
+        way = "use a train.micro_batch_size that needs no accumulation, during which FSDP keeps whole gradients"
     elif memory.activations > state:
         way = "use a smaller train.micro_batch_size"
     elif replicas > 1:

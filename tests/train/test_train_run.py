@@ -466,3 +466,14 @@ def test_dry_run_refuses_what_cannot_fit_and_names_the_flag(settings):
     arguments["model_config"] |= {"n_layer": 96, "n_embd": 12288, "n_head": 96, "intermediate_size": 49152}
     with pytest.raises(ConfigError, match=r"a rank needs about [\d.]+ GB, .* has 80.00 GB; use compute.replicas=1"):
         pretrain(**arguments)
+
+
+def test_dry_run_counts_the_whole_gradients_that_accumulation_keeps(settings, caplog):
+    arguments = settings(dry_run=True, devices=8, train={"global_batch_size": 64, "micro_batch_size": 4})
+    arguments["model_config"] |= {"n_layer": 50, "n_embd": 5120, "n_head": 40, "intermediate_size": 13824}
+    with pytest.raises(ConfigError, match="micro_batch_size that needs no accumulation"):
+        pretrain(**arguments)
+    train = {"global_batch_size": 64, "micro_batch_size": 8}
+    with caplog.at_level(logging.INFO):
+        pretrain(**(arguments | {"train": settings(train=train)["train"]}))
+    assert "gradients 7.93 GB, optimizer 15.86 GB" in caplog.text
