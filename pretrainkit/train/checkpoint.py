@@ -125,7 +125,7 @@ class CheckpointWriter:
         if _place(record) == self._saved:
             return folder
         if background and self._config.asynchronous:
-            arguments = (copy_to_cpu(tensors), record, folder)
+            arguments = (copy_to_cpu(tensors), record, folder, _current_gpu())
             self._thread = threading.Thread(target=self._try_to_write, args=arguments, daemon=True)
             self._thread.start()
         else:
@@ -141,8 +141,13 @@ class CheckpointWriter:
             logger.warning("a checkpoint could not be saved: %s; training goes on", self._error)
         self._error = None
 
-    def _try_to_write(self, tensors: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
+    def _try_to_write(self, tensors: dict[str, Any], record: dict[str, Any], folder: Path, gpu: int | None) -> None:
         try:
+            if gpu is not None:
+                import torch
+
+                # A new thread is on GPU 0, where DCP, asking for its stream, would take memory for every rank.
+                torch.cuda.set_device(gpu)
             self._write(tensors, record, folder)
         except Exception as error:  # noqa: BLE001 - reported by wait(); a thread has nobody to raise to
             self._error = error
@@ -239,6 +244,12 @@ class CheckpointWriter:
                 _link_final(folder, final)
         together(lambda: None, self._group)  # nobody goes on before it is there
         return final
+
+
+def _current_gpu() -> int | None:
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 def _place(record: dict[str, Any]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -477,3 +478,12 @@ def test_dry_run_counts_the_whole_gradients_that_accumulation_keeps(settings, ca
     with caplog.at_level(logging.INFO):
         pretrain(**(arguments | {"train": settings(train=train)["train"]}))
     assert "gradients 7.93 GB, optimizer 15.86 GB" in caplog.text
+
+
+def test_a_save_in_the_background_stays_on_its_ranks_gpu(settings, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(checkpoint, "_current_gpu", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: chosen.append((gpu, threading.current_thread())))
+    pretrain(**settings(train={"max_steps": 6}))
+    assert [gpu for gpu, _ in chosen] == [3]
+    assert chosen[0][1] is not threading.main_thread()
