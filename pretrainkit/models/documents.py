@@ -83,18 +83,20 @@ class DocumentBoundary:
         return targets.masked_fill(foreign, IGNORED_TARGET)
 
 
-def allowed_attention(length: int, document_ids: torch.Tensor | None, window: int | None) -> torch.Tensor:
+def allowed_attention(
+    length: int, document_ids: torch.Tensor | None, window: int | None, device: torch.device
+) -> torch.Tensor:
     """Who may attend to whom, as a plain matrix.
 
     Args:
         length: Positions in a block.
         document_ids: (batch, length); None for one document.
         window: Positions a token sees, itself included; None for all before it.
+        device: Where to make it.
 
     Returns:
         (batch or 1, 1, length, length) bool, [.., query, key].
     """
-    device = None if document_ids is None else document_ids.device
     position = torch.arange(length, device=device)
     allowed = position[:, None] >= position[None, :]
     if window is not None:

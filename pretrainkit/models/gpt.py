@@ -95,7 +95,7 @@ class PretrainGPT(SketchableGPT):
             predict: Return the next token's logits after the last position, (batch, vocabulary) fp32, instead.
         """
         if predict:
-            last = self._hidden_states(tokens, self._document_ids(tokens))[:, -1]
+            last = self._hidden_states(tokens, self._document_ids(tokens), with_kernels=False)[:, -1]
             logits: torch.Tensor = self.lm_head(last).float()
             cap = self.config.final_logit_softcapping
             return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -124,8 +124,12 @@ class PretrainGPT(SketchableGPT):
     def _document_ids(self, tokens: torch.Tensor) -> torch.Tensor | None:
         return None if self.document_boundary is None else self.document_boundary.document_ids(tokens)
 
-    def _hidden_states(self, inputs: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    def _hidden_states(
+        self, inputs: torch.Tensor, document_ids: torch.Tensor | None, *, with_kernels: bool = True
+    ) -> torch.Tensor:
         """(batch, length) ids -> (batch, length, n_embd), after the last norm.
+
+        Without kernels masks are plain matrices: for a few samples, whose lengths would each be compiled.
 
         Source: litgpt model.py GPT.forward, whose training path returns logits and takes no mask.
         """
@@ -145,7 +149,7 @@ class PretrainGPT(SketchableGPT):
         for index, (block, is_windowed) in enumerate(zip(self.transformer.h, self._windowed, strict=True)):
             narrow = is_windowed and window is not None and window < length
             if narrow not in masks:
-                masks[narrow] = self._mask(inputs, document_ids, window if narrow else None)
+                masks[narrow] = self._mask(inputs, document_ids, window if narrow else None, with_kernels)
             if self.config.rope_indices is None:
                 hidden = block(hidden, cos, sin, masks[narrow])
             else:
@@ -154,15 +158,17 @@ class PretrainGPT(SketchableGPT):
         normed: torch.Tensor = self.transformer.ln_f(hidden)
         return normed
 
-    def _mask(self, inputs: torch.Tensor, document_ids: torch.Tensor | None, window: int | None) -> Any:
+    def _mask(
+        self, inputs: torch.Tensor, document_ids: torch.Tensor | None, window: int | None, with_kernels: bool
+    ) -> Any:
         """None for plain causal attention, a FlexAttention block mask on a GPU, else a matrix."""
         if document_ids is None and window is None:
             return None
         batch, length = inputs.shape
         soft_capped = self.config.attention_logit_softcapping is not None
-        if _has_flex_kernels(inputs.device) and not soft_capped:
+        if with_kernels and _has_flex_kernels(inputs.device) and not soft_capped:
             return _block_mask(batch, length, document_ids, window, inputs.device)
-        allowed = allowed_attention(length, document_ids, window).to(inputs.device)
+        allowed = allowed_attention(length, document_ids, window, inputs.device)
         if soft_capped:  # litgpt adds this mask to the scores instead of handing it to PyTorch
             return torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
         return allowed

@@ -62,5 +62,5 @@ class PretrainDataset:
             raise IndexError(f"block {index} of a dataset of {length} blocks")
         tokens = torch.from_numpy(self.source.blocks([index % length])[0])
         documents = self.boundary.document_ids(tokens)
-        mask = allowed_attention(len(tokens), documents[None], None)[0, 0]
+        mask = allowed_attention(len(tokens), documents[None], None, documents.device)[0, 0]
         return {"token_ids": tokens, "document_ids": documents, "document_mask": mask}

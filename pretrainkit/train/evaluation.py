@@ -6,8 +6,10 @@ every rank runs the same number of batches; the loss is the mean over all target
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,12 +129,19 @@ def generate(
     tokenizer = Tokenizer.from_buffer(tokenizer_json)
     model.eval()
     texts: dict[str, str] = {}
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt).ids
-        for _ in range(max_new_tokens if ids else 0):
-            # The whole text again for every token: a few samples do not pay for a cache of keys and values.
-            context = torch.tensor([ids[-block_size:]], device=device)
-            ids.append(int(model(context, predict=True)[0].argmax()))
-        texts[prompt] = tokenizer.decode(ids)
+    with _uncompiled():
+        for prompt in prompts:
+            ids = tokenizer.encode(prompt).ids
+            for _ in range(max_new_tokens if ids else 0):
+                # The whole text again for every token: a few samples do not pay for a cache of keys and values.
+                context = torch.tensor([ids[-block_size:]], device=device)
+                ids.append(int(model(context, predict=True)[0].argmax()))
+            texts[prompt] = tokenizer.decode(ids)
     model.train()
     return texts
+
+
+def _uncompiled() -> Any:
+    """Leave compiled blocks aside: they would be compiled again for lengths that come once."""
+    compiler = sys.modules.get("torch._dynamo")  # nothing is compiled before it is loaded, and loading it takes long
+    return contextlib.nullcontext() if compiler is None else torch.compiler.set_stance("force_eager")

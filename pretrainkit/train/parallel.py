@@ -184,13 +184,17 @@ def _use_float8(model: nn.Module) -> None:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:
         raise ConfigError("compute.float8 needs torchao; pip install torchao") from error
-    # Source: torchao.float8 README: dimensions must be multiples of 16; the output head stays in bf16.
-    convert_to_float8_training(
-        model,
-        module_filter_fn=lambda module, name: (
-            name.startswith("transformer.h.") and module.in_features % 16 == 0 and module.out_features % 16 == 0
-        ),
-    )
+    convert_to_float8_training(model, module_filter_fn=_fits_float8)
+
+
+def _fits_float8(module: Any, name: str) -> bool:
+    """Whether a linear layer can be in float8.
+
+    Source: torchao.float8 README: dimensions must be multiples of 16, the output head stays in bf16. So must the
+    number of tokens be, which an expert's is not; and a router's choice must not hang on rounding.
+    """
+    is_dense = name.startswith("transformer.h.") and ".experts." not in name and not name.endswith(".gate")
+    return is_dense and module.in_features % 16 == 0 and module.out_features % 16 == 0
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> None:

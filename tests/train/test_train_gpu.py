@@ -1,4 +1,4 @@
-"""What only a GPU can show."""
+"""What only a GPU can show. Run `pytest -m gpu` on a machine that has one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,46 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pretrainkit import models
+from pretrainkit.config import ComputeConfig, DataConfig, LossConfig, OptimizerArgs, OptimizerConfig
+from pretrainkit.models import gpt
+from pretrainkit.models.documents import DocumentBoundary
 from pretrainkit.models.loss import linear_cross_entropy
 from pretrainkit.train import loop, pretrain
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+# The compiler and its kernels warn of much that is theirs.
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+
+WIDER = {"block_size": 256, "n_embd": 128, "n_head": 2, "n_query_groups": 1, "intermediate_size": 256}
+WINDOWS = {"sliding_window_size": 64, "sliding_window_indices": [1, 0]}
+RUNS = {
+    "plain": {},
+    "documents": {"data": DataConfig(document_mask=True)},
+    "windows": {"model": WINDOWS},
+    "soft cap": {"model": WINDOWS | {"attention_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}},
+    "muon": {"optimizer": OptimizerConfig(class_path="Muon", init_args=OptimizerArgs(lr=1e-2))},
+    "eager": {"compute": ComputeConfig(compile=False, hang_timeout_s=None)},
+    "bf16-true": {"precision": "bf16-true"},
+} | {
+    what: {"compute": ComputeConfig(activation_checkpointing=what, hang_timeout_s=None)}
+    for what in ("attention", "mlp", "block")
+}
 
 
-def test_a_step_that_does_not_log_never_waits_for_the_device(settings, monkeypatch, rows):
+@pytest.fixture
+def arguments(settings):
+    """Those of a run that a GPU's kernels like."""
+
+    def make(*, model=None, **changes):
+        made = settings(**changes)
+        made["model_config"] |= WIDER | (model or {})
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_step_that_does_not_log_never_waits_for_the_device(kind, arguments, monkeypatch, rows):
     whole = loop._step
 
     def watched(run, *rest):
@@ -21,9 +54,55 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(settings, monkeypat
         torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(loop, "_step", watched)
-    arguments = settings(train={"log_interval": 6})
-    pretrain(**arguments)
-    assert [row["step"] for row in rows(arguments["out_dir"])] == [6, 12]
+    made = arguments(train={"log_interval": 6}, **RUNS[kind])
+    pretrain(**made)
+    logged = rows(made["out_dir"])
+    assert [row["step"] for row in logged] == [6, 12]
+    assert logged[1]["loss"] < logged[0]["loss"]
+    assert logged[1]["skipped"] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "documents", "muon"])
+def test_going_on_equals_the_uninterrupted_run(kind, arguments, rows, tmp_path):
+    whole = arguments(out_dir=tmp_path / "whole", **RUNS[kind])
+    pretrain(**whole)
+    parts = arguments(out_dir=tmp_path / "parts", **RUNS[kind])
+    # Only the first half: the learning rate's course must be that of the whole.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_is_last", lambda run: run.state.step >= 4)
+        pretrain(**parts)
+    pretrain(**parts, resume="auto")
+    losses = {row["step"]: row["loss"] for row in rows(parts["out_dir"])}
+    for row in rows(whole["out_dir"]):
+        assert losses[row["step"]] == pytest.approx(row["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_documents_and_windows_are_those_of_the_plain_mask(window, monkeypatch):
+    keys = WIDER | {"block_size": 500, "n_layer": 2, "padded_vocab_size": 96, "vocab_size": 96, "bias": False}
+    if window is not None:
+        keys |= {"sliding_window_size": window, "sliding_window_indices": [1, 0]}
+    config = models.resolve_config(None, keys)
+    with torch.device("cuda"):
+        model = models.build_model(
+            config, loss=LossConfig(), document_boundary=DocumentBoundary(rule="eos", eos_id=0), compile_loss=True
+        )
+    models.initialize_parameters(model, seed=1)
+    for block in model.transformer.h:
+        block.compile()
+    for seed in range(3):  # other documents are no reason to compile again
+        tokens = torch.randint(0, 96, (3, 501), generator=torch.Generator().manual_seed(seed)).cuda()
+        found = []
+        for flex in (True, False):
+            monkeypatch.setattr(gpt, "_has_flex_kernels", lambda _device, flex=flex: flex)
+            model.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(tokens).loss
+            (loss / 1500).backward()
+            found.append((loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
+        (sparse, gradient), (plain, expected) = found
+        assert sparse == pytest.approx(plain, rel=1e-3)
+        assert (gradient - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("chunk_tokens", [512, 64])
@@ -32,12 +111,13 @@ def test_the_loss_in_bf16_adds_its_chunks_in_fp32(chunk_tokens, fused):
     torch.manual_seed(0)
     hidden = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16)
     weight = (torch.randn(1000, 256, device="cuda") / 16).to(torch.bfloat16).float()
+    bias = torch.zeros(1000, device="cuda")
     targets = torch.randint(0, 1000, (512,), device="cuda")
-    inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    inputs = [tensor.double().requires_grad_() for tensor in (hidden, weight, bias)]
     functional.cross_entropy(functional.linear(*inputs), targets, reduction="sum").backward()
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    ours = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss, _, _ = linear_cross_entropy(*ours, None, targets, chunk_tokens=chunk_tokens, fused=fused)
+        loss, _, _ = linear_cross_entropy(*ours, targets, chunk_tokens=chunk_tokens, fused=fused)
     loss.backward()
     for mine, reference in zip(ours, inputs, strict=True):
         assert mine.grad.dtype == mine.dtype
