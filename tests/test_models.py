@@ -70,6 +70,30 @@ def test_loss_and_gradients_are_those_of_litgpt(kind):
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_grouped_queries_in_bf16_meet_keys_that_are_not_repeated(kind, monkeypatch):
+    model = build({**KINDS[kind], "sliding_window_size": 64})  # longer than the block: no mask
+    config = model.config
+    assert config.n_query_groups < config.n_head
+    sdpa, heads = functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, **options):
+        heads.append((q.shape[1], k.shape[1], v.shape[1]))
+        return sdpa(q, k, v, **options)
+
+    twin = litgpt_twin(model)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    tokens = random_tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens).loss.backward()
+        assert set(heads) == {(config.n_head, config.n_query_groups, config.n_query_groups)}
+        logits = twin(tokens[:, :-1]).float()
+    functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    for ours, theirs in zip(model.transformer.h, twin.transformer.h, strict=True):
+        mine, expected = ours.attn.qkv.weight.grad, theirs.attn.qkv.weight.grad
+        assert (mine - expected).norm() < 0.05 * expected.norm()
+
+
 def test_next_token_logits_are_those_of_litgpt():
     model = build(GEMMA)
     tokens = random_tokens(length=20)
@@ -206,7 +230,7 @@ def test_document_mask_equals_each_document_alone(kind, name):
 def test_flex_attention_sees_what_the_plain_mask_allows(kind, monkeypatch):
     from torch.nn.attention import flex_attention
 
-    from pretrainkit.models import gpt
+    from pretrainkit.models import attention, gpt
 
     model = build({**KINDS[kind], "block_size": 200}, document_boundary=BOUNDARIES["eos"][0])
     tokens = random_tokens(batch=3, length=200)
@@ -214,7 +238,8 @@ def test_flex_attention_sees_what_the_plain_mask_allows(kind, monkeypatch):
     with torch.no_grad():
         plain = model(tokens)
         monkeypatch.setattr(gpt, "_has_flex_kernels", lambda device: True)
-        monkeypatch.setattr(gpt, "_flex", vars(flex_attention))
+        monkeypatch.setattr(gpt, "flex", vars(flex_attention))
+        monkeypatch.setattr(attention, "flex", vars(flex_attention))
         sparse = model(tokens)
     torch.testing.assert_close(sparse.loss, plain.loss, rtol=1e-6, atol=0)
     assert sparse.num_targets == plain.num_targets == 3 * (199 - 3)

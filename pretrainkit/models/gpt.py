@@ -6,14 +6,14 @@ copies or converts logits. Guarantee: without a document mask, the loss and its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from pretrainkit.errors import ModelError
-from pretrainkit.models.architectures import CausalSelfAttention, Config, MultiheadLatentAttention, SketchableGPT
+from pretrainkit.models.architectures import Config, SketchableGPT
+from pretrainkit.models.attention import flex, load_flex, mask_aware
 from pretrainkit.models.documents import IGNORED_TARGET, DocumentBoundary, allowed_attention
 from pretrainkit.models.loss import linear_cross_entropy
 
@@ -63,8 +63,7 @@ class PretrainGPT(SketchableGPT):
         self._windowed = [bool(getattr(block.attn, "apply_sliding_window_attention", False)) for block in self._blocks]
         for block in self._blocks:
             block.attn.apply_sliding_window_attention = False
-            if type(block.attn) in _FLEX_CLASSES:
-                block.attn.__class__ = _FLEX_CLASSES[type(block.attn)]
+            mask_aware(block.attn)
         self.tie_weights()
 
     @property
@@ -178,19 +177,6 @@ def _has_flex_kernels(device: torch.device) -> bool:
     return device.type == "cuda"  # on a CPU FlexAttention has no backward pass
 
 
-# FlexAttention's functions, compiled: else they work on the whole score matrix. Filled when the first mask is made, not
-# at import, which would cost every CPU run the compiler's start; a plain dictionary: compiled blocks look into it.
-_flex: dict[str, Callable[..., Any]] = {}
-
-
-def _load_flex() -> None:
-    if not _flex:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        _flex["create_block_mask"] = torch.compile(create_block_mask)
-        _flex["flex_attention"] = torch.compile(flex_attention)
-
-
 def _block_mask(
     batch: int, length: int, document_ids: torch.Tensor | None, window: int | None, device: torch.device
 ) -> Any:
@@ -204,40 +190,9 @@ def _block_mask(
             result = result & (document_ids[b, query] == document_ids[b, key])
         return result
 
-    _load_flex()
+    load_flex()
     batch_size = batch if document_ids is not None else None
-    return _flex["create_block_mask"](allowed, batch_size, None, length, length, device=str(device))
-
-
-class _FlexMixin:
-    """litgpt's attention with one more kind of mask; no parameters and no state of its own."""
-
-    def scaled_dot_product_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None
-    ) -> torch.Tensor:
-        if mask is None or isinstance(mask, torch.Tensor):
-            result: torch.Tensor = super().scaled_dot_product_attention(q, k, v, mask)  # type: ignore[misc]
-            return result
-        config = self.config  # type: ignore[attr-defined]
-        width = q.shape[-1]  # head_size, or the query width of latent attention
-        scale = self.mscale * self.mscale / math.sqrt(config.attention_scores_scalar or width)  # type: ignore[attr-defined]
-        # Under autocast a norm on queries and keys leaves them in fp32; the kernel wants one type.
-        y: torch.Tensor = _flex["flex_attention"](q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, scale=scale)
-        return y.transpose(1, 2)
-
-
-class _FlexCausalSelfAttention(_FlexMixin, CausalSelfAttention):  # type: ignore[misc]
-    pass
-
-
-class _FlexLatentAttention(_FlexMixin, MultiheadLatentAttention):  # type: ignore[misc]
-    pass
-
-
-_FLEX_CLASSES: dict[type, type] = {
-    CausalSelfAttention: _FlexCausalSelfAttention,
-    MultiheadLatentAttention: _FlexLatentAttention,
-}
+    return flex["create_block_mask"](allowed, batch_size, None, length, length, device=str(device))
 
 
 def build_model(
