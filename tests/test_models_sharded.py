@@ -27,6 +27,17 @@ def build(tie_embeddings, document_boundary, **changes):
         )
 
 
+def counting_backend():
+    """A backend for the compiler that keeps the graphs it is given, and the list of them."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    return backend, graphs
+
+
 def compare_with_one_process(rank, world_size, store):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -37,13 +48,16 @@ def compare_with_one_process(rank, world_size, store):
     tokens = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(0))
     for tie_embeddings, boundary in [(False, None), (True, DocumentBoundary(rule="eos", eos_id=5))]:
         whole, sharded = build(tie_embeddings, boundary), build(tie_embeddings, boundary)
+        backend, graphs = counting_backend()
         for block in sharded.transformer.h:
+            block.compile(backend=backend)
             fully_shard(block, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         for model in (whole, sharded):
             model.to_empty(device="cpu")
             models.initialize_parameters(model, seed=3)
             model(tokens).loss.backward()
+        assert len(graphs) == 1, "FSDP's hooks must stay outside of what is compiled, once for all blocks"
         assert (sharded.transformer.wte.weight is sharded.lm_head.weight) == tie_embeddings
         for (name, part), (same_name, reference) in zip(
             sharded.named_parameters(), whole.named_parameters(), strict=True
@@ -68,12 +82,7 @@ def test_all_blocks_share_one_compiled_graph_whatever_is_computed_again(what):
     """More blocks than the compiler makes versions of one function: it runs what is beyond that uncompiled."""
     from pretrainkit.train.parallel import checkpoint_activations
 
-    graphs = []
-
-    def count(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
+    backend, graphs = counting_backend()
     model = build(False, DocumentBoundary(rule="eos", eos_id=5), n_layer=10)
     model.to_empty(device="cpu")
     models.initialize_parameters(model, seed=3)
@@ -81,7 +90,7 @@ def test_all_blocks_share_one_compiled_graph_whatever_is_computed_again(what):
     expected = model(tokens).loss
     checkpoint_activations(model, what)
     for block in model.transformer.h:
-        block.compile(fullgraph=True, backend=count)
+        block.compile(fullgraph=True, backend=backend)
     loss = model(tokens).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
