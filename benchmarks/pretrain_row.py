@@ -152,7 +152,8 @@ def _patch_foreach_adamw() -> None:
         for optimizer in optimizers:
             parameters = []
             for group in optimizer.param_groups:
-                group.update(lr=learning_rate, fused=False, foreach=True)
+                # Capturable: else its bias corrections would be read from the device, one wait per parameter.
+                group.update(lr=learning_rate, fused=False, foreach=True, capturable=torch.cuda.is_available())
                 parameters += group["params"]
             torch._foreach_div_([parameter.grad for parameter in parameters], grad_scale)
             optimizer.step()
