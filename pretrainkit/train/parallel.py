@@ -43,7 +43,8 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
     on_gpu = torch.cuda.is_available()
     if on_gpu and topology.local_world_size > torch.cuda.device_count():
         raise LaunchError(
-            f"{topology.local_world_size} processes on a node with {torch.cuda.device_count()} GPUs; start one per GPU"
+            f"{topology.local_world_size} processes on a node that see {torch.cuda.device_count()} GPUs; start one per "
+            "GPU, and let each see all of them (srun: --gpus-per-node, not --gpus-per-task)"
         )
     if not on_gpu and topology.local_world_size > 1:
         torch.set_num_threads(max(1, granted_cpus(os.environ) // topology.local_world_size))

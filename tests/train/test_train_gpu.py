@@ -102,7 +102,7 @@ def test_documents_and_windows_are_those_of_the_plain_mask(window, monkeypatch):
             found.append((loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
         (sparse, gradient), (plain, expected) = found
         assert sparse == pytest.approx(plain, rel=1e-3)
-        assert (gradient - expected).norm() < 0.02 * expected.norm()
+        assert (gradient - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("chunk_tokens", [512, 64])
