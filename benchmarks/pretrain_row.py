@@ -162,6 +162,21 @@ def _patch_foreach_adamw() -> None:
     loop.take_step = take_step
 
 
+def _patch_fp32_between_blocks() -> None:
+    """Embeddings, and so the sums that blocks hand on, in fp32: as litgpt under autocast."""
+    from pretrainkit.models.gpt import PretrainGPT
+
+    PretrainGPT._embed = lambda self, inputs: self.transformer.wte(inputs)  # type: ignore[method-assign]
+
+
+def _patch_repeated_keys() -> None:
+    """Keys and values repeated for every query of a group: as litgpt."""
+    from pretrainkit.models import attention
+    from pretrainkit.models.architectures import CausalSelfAttention
+
+    attention._SelfAttention.forward = CausalSelfAttention.forward  # type: ignore[method-assign]
+
+
 def _patch_collector() -> None:
     """Python's garbage collector looks at everything again and again."""
     import gc

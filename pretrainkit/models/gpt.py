@@ -135,13 +135,7 @@ class PretrainGPT(SketchableGPT):
         length = inputs.shape[1]
         if length > self.max_seq_length:
             raise ModelError(f"a block of {length} tokens is longer than the model's context of {self.max_seq_length}")
-        hidden = self.transformer.wte(inputs)
-        # Autocast leaves embeddings alone: what blocks hand on would stay in fp32, and every norm and sum would move
-        # twice the bytes. Under FSDP it is bf16 as well.
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        if self.config.scale_embeddings:
-            hidden = hidden * torch.tensor(self.config.n_embd**0.5, dtype=hidden.dtype)
+        hidden = self._embed(inputs)
         cos, sin = self.cos[:length].unsqueeze(0), self.sin[:length].unsqueeze(0)
         window = self.config.sliding_window_size
         masks: dict[bool, Any] = {}  # at most two: for layers that see everything, and for those with a window
@@ -156,6 +150,19 @@ class PretrainGPT(SketchableGPT):
                 hidden = block(hidden, cos[..., table], sin[..., table], masks[narrow])
         normed: torch.Tensor = self.transformer.ln_f(hidden)
         return normed
+
+    def _embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(batch, length) ids -> (batch, length, n_embd), in the type that blocks compute in.
+
+        Autocast leaves embeddings alone: what blocks hand on would stay in fp32, and every norm and sum would move
+        twice the bytes. Under FSDP it is bf16 as well.
+        """
+        hidden: torch.Tensor = self.transformer.wte(inputs)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if self.config.scale_embeddings:
+            hidden = hidden * torch.tensor(self.config.n_embd**0.5, dtype=hidden.dtype)
+        return hidden
 
     def _mask(
         self, inputs: torch.Tensor, document_ids: torch.Tensor | None, window: int | None, with_kernels: bool
