@@ -133,7 +133,10 @@ def _environment(threads: int | None) -> dict[str, str]:
 
 def _compiler_cache(name: str, folder: Path) -> Path:
     """A cold cache for the contenders, whose start is measured; ablations begin with what ours has compiled."""
-    return folder / "cache-ours" if name.startswith("ours-") else Path(tempfile.mkdtemp(prefix="cache-", dir=folder))
+    shared = folder / "cache-ours"
+    if name.startswith("ours-") or (name == "ours" and not shared.exists()):
+        return shared
+    return Path(tempfile.mkdtemp(prefix="cache-", dir=folder))
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_the_pretraining_benchmark_measures_every_contender_and_says_what_failed
             assert figures["timed_steps"] == 2
             assert min(figures["tokens_per_s"], figures["first_step_s"], figures["memory"]) > 0
     assert output.count("compute.float8 needs a GPU") >= 2
+
+
+def test_ablations_begin_with_what_ours_has_compiled(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    pretrain = importlib.import_module("pretrain")
+    warm = []
+    for name in ("litgpt", "ours", "ours-muon", "ours", "litgpt"):
+        cache = pretrain._compiler_cache(name, tmp_path)
+        warm.append((cache / "kernel").exists())
+        (cache / "kernel").mkdir(parents=True, exist_ok=True)
+    assert warm == [False, False, True, False, False]
 
 
 def test_the_optimize_benchmark_measures_every_way(tmp_path):
