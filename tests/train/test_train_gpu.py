@@ -32,6 +32,14 @@ RUNS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Else the models of all tests share the eight versions that the compiler makes of a block at most."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def arguments(settings):
     """Those of a run that a GPU's kernels like."""
