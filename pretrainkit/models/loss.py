@@ -21,9 +21,9 @@ _CHUNK_LOGITS_FUSED = 1 << 28  # bf16 logits and their gradient: 1 GiB
 _CHUNK_LOGITS_GPU = 1 << 26  # a few fp32 copies: 1 GiB
 _CHUNK_LOGITS_CPU = 1 << 25  # two fp32 copies: 256 MiB; smaller chunks make matrix products too thin to be fast
 
-# Whether a product of 16-bit matrices on a GPU can be added to an fp32 matrix.
+# Whether a product of 16-bit matrices on an NVIDIA GPU can be added to an fp32 matrix.
 # Source: torch aten/src/ATen/native/cuda/Blas.cpp, _addmm_dtype_out_cuda, since pytorch/pytorch#167931.
-_ADDS_IN_FP32 = torch.__version__ >= "2.10"
+_ADDS_IN_FP32 = torch.__version__ >= "2.10" and torch.version.hip is None
 
 
 def linear_cross_entropy(
