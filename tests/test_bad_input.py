@@ -191,6 +191,33 @@ def encrypted(path):
     path.write_bytes(b"PARE" + b"\x00" * 100 + struct.pack("<I", 50) + b"PARE")
 
 
+def encrypted_column(path):
+    """The footer is plain, so everything can be seen but the text's place in the file."""
+    from pyarrow.parquet import encryption
+
+    class OneKey(encryption.KmsClient):
+        def __init__(self, _):
+            encryption.KmsClient.__init__(self)
+
+        def wrap_key(self, key, _):
+            return key.hex()
+
+        def unwrap_key(self, key, _):
+            return bytes.fromhex(key)
+
+    settings = encryption.EncryptionConfiguration("key", column_keys={"key": ["text"]}, plaintext_footer=True)
+    properties = encryption.CryptoFactory(OneKey).file_encryption_properties(encryption.KmsConnectionConfig(), settings)
+    table = pa.table({"text": ["x"]})
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+
+
+def change_footer(path, old, new):
+    data = write_parquet(path, make_texts(10)).read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
 def contradicting(path):
     """Change one byte of the footer, so that the file's rows are not its row groups'."""
     write_parquet(path, make_texts(10))
@@ -213,6 +240,12 @@ BAD_FILES = {
     "wrong magic": no_magic,
     "absurd footer length": footer_only_magic,
     "encrypted": encrypted,
+    "encrypted column": encrypted_column,
+    # The column's name in the schema; before it, whether it is optional.
+    "size statistics that contradict the schema": lambda path: change_footer(
+        path, b"\x25\x02\x18\x04text", b"\x25\x00\x18\x04text"
+    ),
+    "a column name that is not UTF-8": lambda path: change_footer(path, b"\x02\x18\x04text", b"\x02\x18\x04te\xf8t"),
     "missing column": lambda path: pq.write_table(pa.table({"body": ["x"], "url": ["y"]}), path),
     "duplicate column": lambda path: pq.write_table(pa.table([pa.array(["x"])] * 2, names=["text", "text"]), path),
     "a column whose name is another's with a dot": lambda path: pq.write_table(

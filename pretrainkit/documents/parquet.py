@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,9 +104,54 @@ def _open(source: Any, *, prefetch: bool = False) -> Any:
 
     # buffer_size makes Arrow read a column chunk in pieces instead of whole; pre_buffer, for remote files, fetches the
     # ranges ahead. page_checksum_verification finds pages that changed since they were written, where there is a CRC.
-    return pq.ParquetFile(
-        source, page_checksum_verification=True, pre_buffer=prefetch, buffer_size=0 if prefetch else 1 << 20
-    )
+    try:
+        return pq.ParquetFile(
+            source, page_checksum_verification=True, pre_buffer=prefetch, buffer_size=0 if prefetch else 1 << 20
+        )
+    except UnicodeDecodeError as error:
+        raise InputError(f"its footer names a column that is not UTF-8: {error.object!r}") from error
+
+
+class _NothingRead(Exception):  # noqa: N818 - no error: the footer is as it should be
+    """Arrow has accepted a footer and asks for the first byte of data."""
+
+
+class _FooterAlone(io.RawIOBase):
+    """Stands for a file of any size whose data is not to be read."""
+
+    def __init__(self) -> None:
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: 1 << 62}[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:  # noqa: ARG002 - the interface of files
+        raise _NothingRead
+
+
+def _check_footer(parquet: Any, text_column: str) -> None:
+    """Let Arrow look at the text column's entry in every row group, where its exceptions are caught.
+
+    RowGroupMetaData.column() looks at the same, but an exception there ends the process: size statistics that do not
+    fit the schema, or an encrypted column in a plain footer. Source: pyarrow 26, _parquet.pxd, no `except +`.
+
+    Raises:
+        OSError: An entry contradicts the schema, or cannot be decrypted.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # With pre_buffer, Arrow first asks every row group where its columns lie.
+    footer = pq.ParquetFile(pa.PythonFile(_FooterAlone(), mode="r"), metadata=parquet.metadata, pre_buffer=True)
+    with contextlib.suppress(_NothingRead, StopIteration):  # no row groups, no data
+        next(footer.iter_batches(1, row_groups=range(footer.num_row_groups), columns=[text_column], use_threads=False))
 
 
 def _column_problem(parquet: Any, text_column: str) -> str | None:
@@ -141,7 +188,9 @@ def _pieces(parquet: Any, text_column: str) -> list[Piece]:
 
     Raises:
         InputError: The footer contradicts itself: nobody can say how many rows there are.
+        OSError: The footer contradicts itself, or the column is encrypted.
     """
+    _check_footer(parquet, text_column)
     metadata = parquet.metadata
     leaves = _leaves(parquet, text_column)
     pieces = []
