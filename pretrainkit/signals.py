@@ -11,6 +11,21 @@ from types import FrameType
 from pretrainkit.errors import Interrupted
 
 
+class _Stopped(BaseException):
+    """A signal came. Like KeyboardInterrupt, nothing that an `except` for a bad file or a bad tokenizer may take."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _StopError(BaseException):
+    """A signal came. As Ctrl+C by itself: no `except` for errors may take it for a bad file or a bad tokenizer."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 @contextlib.contextmanager
 def interruptible(how_to_go_on: str) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted` while the block runs; a second signal waits for the clean-up.
@@ -29,11 +44,14 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface of handlers
         for other in signals:
             signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; {how_to_go_on}", number)
+        raise _StopError(number)
 
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
+    except _StopError as stopped:
+        name = signal.Signals(stopped.number).name
+        raise Interrupted(f"stopped by {name}; {how_to_go_on}", stopped.number) from stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

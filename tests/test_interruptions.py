@@ -330,6 +330,24 @@ def test_a_merge_that_is_stopped_by_a_signal_says_how_to_go_on(tmp_path, undistu
     assert differences(tree(tmp_path / "data"), tree(undisturbed / "data")) == []
 
 
+def test_a_signal_is_never_taken_for_bad_input(tmp_path, input_dir, tokenizer_dir, undisturbed, monkeypatch):
+    from pretrainkit.documents import parquet
+
+    open_shard = parquet._open
+
+    def open_and_stop(source, **how):
+        if how:  # to read it, not to plan
+            signal.raise_signal(signal.SIGTERM)
+        return open_shard(source, **how)
+
+    monkeypatch.setattr(parquet, "_open", open_and_stop)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; what is finished in .* is kept"):
+        optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=0, on_bad_input="skip", **FLAGS)
+    monkeypatch.undo()
+    optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=0, on_bad_input="skip", **FLAGS)
+    assert differences(tree(tmp_path / "out"), tree(undisturbed / "out")) == []
+
+
 def test_drafts_and_stages_of_dead_processes_are_swept_and_no_others(input_dir, tokenizer_dir, tmp_path):
     out = tmp_path / "out"
     optimize_here(input_dir, tokenizer_dir, out)
