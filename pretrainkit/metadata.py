@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pretrainkit.errors import DatasetError
+from pretrainkit.records import check_histogram
 from pretrainkit.registry import did_you_mean
+from pretrainkit.storage import read_description
 
 METADATA_FILENAME = "metadata.json"
 TOKENIZER_FOLDER = "tokenizer"  # beside metadata.json: a copy of the tokenizer folder's files
@@ -102,6 +104,9 @@ class DatasetInfo:
         ):
             if value not in known:
                 raise DatasetError(f"{name} is {value!r}, not one of {', '.join(known)}; the description is damaged")
+        check_histogram(self.document_lengths)
+        if not (isinstance(self.settings, dict) and isinstance(self.versions, dict)):
+            raise TypeError("settings and versions hold names and values")
         if not all(isinstance(plan, str) for plan in self.plans):
             raise DatasetError(f"plans is {self.plans!r}, not a list of hashes; the dataset's description is damaged")
 
@@ -118,7 +123,7 @@ class DatasetInfo:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{source} is not JSON ({error}); the dataset is damaged, make it again") from error
         if not isinstance(raw, dict) or not isinstance(raw.get("tokenizer"), dict):
             raise DatasetError(f"{source} holds no dataset description; the dataset is damaged, make it again")
@@ -141,7 +146,7 @@ class DatasetInfo:
         path = Path(folder) / METADATA_FILENAME
         if not path.is_file():
             raise DatasetError(f"{folder} has no {METADATA_FILENAME}; give a folder that optimize or merge wrote")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        return cls.from_json(read_description(path), str(path))
 
 
 def _build(cls: type, values: dict[str, Any], source: str) -> Any:

@@ -185,7 +185,7 @@ class Plan:
                 units=tuple(units),
                 **raw,
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DatasetError(f"{source} is damaged ({error}); use a new output folder") from error
 
 

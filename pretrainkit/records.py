@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrainkit.errors import DatasetError
+from pretrainkit.storage import read_description
 
 RECORDS_FOLDER = "units"
 SPLITS = ("train", "val")
 CHUNK_NAME = re.compile(r"chunk-\d+-\d+\.bin", re.ASCII)
+_LENGTH_NAME = re.compile(r"2\^\d\d?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,11 @@ class UnitRecord:
             # A record decides what is linked, moved and deleted: a name that leaves the folder is an attack or damage.
             if not CHUNK_NAME.fullmatch(chunk.filename):
                 raise DatasetError(f"unit {self.unit} names the chunk {chunk.filename!r}, not chunk-N-N.bin")
+        texts = [self.plan, self.split, self.engine, *(chunk.checksum for chunk in self.chunks)]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(self.dropped, dict):
+            raise TypeError("a value of another type")
+        for counts in self.splits.values():
+            check_histogram(counts.document_lengths)
 
     def unaccounted(self) -> int:
         """Rows read that are neither kept nor counted as dropped; anything but 0 is a bug of ours."""
@@ -143,7 +150,7 @@ class UnitRecord:
             raw["failures"] = tuple(Failure(**failure) for failure in raw["failures"])
             raw["splits"] = {name: SplitCounts(**counts) for name, counts in raw["splits"].items()}
             return cls(**raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DatasetError(f"{source} is no unit record ({error}); run optimize again to make it anew") from error
 
 
@@ -166,6 +173,16 @@ def length_histogram(lengths: Any) -> dict[str, int]:
     return {f"2^{k - 1}": int(count) for k, count in enumerate(np.bincount(exponents)) if count}
 
 
+def check_histogram(histogram: object) -> None:
+    """Refuse what `length_histogram` cannot have made.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(histogram, dict) or not all(_LENGTH_NAME.fullmatch(name) for name in histogram):
+        raise TypeError("document_lengths is no histogram")
+
+
 def add_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     """Sum of several {name: count}, zeros left out, keys sorted (2^k by k)."""
     total: dict[str, int] = {}
@@ -182,6 +199,6 @@ def load_records(folder: str | Path) -> list[UnitRecord]:
         DatasetError: A record is damaged.
     """
     return [
-        UnitRecord.from_json(path.read_text(encoding="utf-8"), str(path))
+        UnitRecord.from_json(read_description(path), str(path))
         for path in sorted((Path(folder) / RECORDS_FOLDER).glob("*.json"))
     ]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrainkit.errors import StorageError
+from pretrainkit.errors import DatasetError, StorageError
 from pretrainkit.remote import RetryingFile, filesystem, patiently
 
 _CHECKSUM_READ_BYTES = 1 << 20
@@ -231,6 +231,25 @@ def read_bytes(path: str | Path) -> bytes:
         fs, inner = filesystem(str(path))
         return patiently(str(path), fs, lambda: bytes(fs.cat_file(inner)))
     return Path(path).read_bytes()
+
+
+def read_description(path: Path) -> str:
+    """A small local text file that others may have put there: never a FIFO that makes us wait.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DatasetError: Something else than a file lies there, or it is not text.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read().decode()
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not text; it is damaged, make it again") from error
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise
+    raise DatasetError(f"{path} is not a regular file; put the file itself there, or make it again")
 
 
 def remove(path: str | Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pretrainkit.errors import DatasetError
 from pretrainkit.formats.litdata import check_name, header_bytes, read_chunk
 from pretrainkit.records import ChunkRecord
-from pretrainkit.storage import checksum, write_atomic
+from pretrainkit.storage import checksum, read_description, write_atomic
 
 VerifyLevel = Literal["fast", "full"]
 
@@ -126,12 +126,12 @@ def read_checksums(folder: str | Path) -> tuple[str, list[ChunkRecord]]:
     """
     path = Path(folder) / CHECKSUMS_FILENAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_description(path))
         chunks = [ChunkRecord(**row) for row in raw["chunks"]]
         fingerprint = raw["fingerprint"]
     except FileNotFoundError as error:
         raise DatasetError(f"{folder} has no {CHECKSUMS_FILENAME}; give a folder that merge wrote") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DatasetError(f"{path} is damaged ({error}); merge again") from error
     for chunk in chunks:
         check_name(chunk.filename, str(path))

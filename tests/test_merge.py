@@ -506,12 +506,66 @@ def test_chunk_that_is_a_pipe_is_refused(source):
         (lambda raw: raw.update(split="val"), "belongs to another split"),
         (lambda raw: raw.update(plan="b" * 64), r"1 of the plan's 6 units is missing \(unit 4\)"),
         (lambda raw: raw.update(units_planned=7), "others say"),
+        (lambda raw: raw.update(dropped=[1]), "is no unit record"),
+        (lambda raw: raw.update(plan=[1]), "is no unit record"),
+        (lambda raw: raw["chunks"][0].update(checksum=None), "is no unit record"),
+        (lambda raw: raw["splits"]["train"].update(document_lengths={"2^-1": 4}), "is no unit record"),
+        (lambda raw: raw["splits"]["train"].update(document_lengths={"2^1": 5}), "does not account for all"),
     ],
 )
 def test_impossible_record_is_refused(source, change, message):
     (source / "n1/index.json").unlink()
     edit_record(source / "n1", 4, change)
     refused(source, message)
+
+
+def test_a_plan_of_absurd_length_is_answered_at_once(source):
+    for path in source.glob("*/units/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "units_planned": 10**12}))
+    refused(
+        source, r"999,999,999,994 of the plan's 1,000,000,000,000 units are missing \(unit 6, 7, 8, 9, 10, \.\.\.\)"
+    )
+
+
+def put_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def put_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_loop(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+NO_TEXT = {
+    "binary": (lambda path: path.write_bytes(b"\xff\x00"), "is not text; it is damaged"),
+    "deep": (lambda path: path.write_text("[" * 100_000), "is no unit record|is no LitData index|is not JSON"),
+    "list": (lambda path: path.write_text("[]"), "is no unit record|is no LitData index|holds no dataset description"),
+}
+NO_FILE = {"folder": put_folder, "pipe": put_pipe, "loop": put_loop}
+
+
+@pytest.mark.parametrize("name", ["units/00000004.json", "index.json", "metadata.json"])
+@pytest.mark.parametrize(("damage", "message"), NO_TEXT.values(), ids=NO_TEXT.keys())
+def test_a_description_that_is_none_is_named(source, name, damage, message):
+    damage(source / "n1" / name)
+    refused(source, message)
+
+
+@pytest.mark.parametrize("damage", NO_FILE.values(), ids=NO_FILE.keys())
+def test_a_record_that_is_no_file_is_named(source, damage):
+    damage(source / "n1/units/00000004.json")
+    refused(source, "00000004.json is not a regular file")
+
+
+def test_an_index_that_is_a_pipe_is_named(source):
+    put_pipe(source / "n1/index.json")
+    refused(source, "index.json is not a regular file")
 
 
 def test_folder_without_metadata_is_known_by_its_plan(source, tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrainkit.errors import DatasetError
-from pretrainkit.storage import write_atomic
+from pretrainkit.storage import read_description, write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,13 +204,11 @@ def read_index(folder: str | Path) -> tuple[list[ChunkEntry], np.dtype]:
     """
     path = Path(folder) / INDEX_FILENAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_description(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DatasetError(
             f"{folder} has no {INDEX_FILENAME}: unfinished, or no dataset; give a folder that optimize or merge wrote"
         ) from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not text; the dataset is damaged, make it again") from error
     return parse_index(text, str(path))
 
 

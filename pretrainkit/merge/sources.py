@@ -9,6 +9,7 @@ plan, so it does not matter which node made what.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
@@ -193,7 +194,13 @@ def _check_record(folder: Path, info: DatasetInfo, record: UnitRecord) -> None:
             raise DatasetError(f"{where}: {chunk.filename} has {chunk.items} items for {chunk.documents} documents")
     counts = record.splits.get(info.split)
     documents, tokens = (sum(getattr(c, name) for c in record.chunks) for name in ("documents", "tokens"))
-    if counts is None or (counts.documents, counts.tokens) != (documents, tokens) or record.unaccounted():
+    fits = (
+        counts is not None
+        and (counts.documents, counts.tokens) == (documents, tokens)
+        and sum(counts.document_lengths.values()) == documents
+        and record.unaccounted() == 0
+    )
+    if not fits:
         raise DatasetError(f"{where} does not account for all of its documents; its record is damaged, make it again")
 
 
@@ -208,15 +215,17 @@ def _check_complete(
         for plan in info.plans:
             planned.setdefault(plan, info.units_planned)
     for plan, count in sorted(planned.items()):
-        missing = [unit for unit in range(count) if (plan, unit) not in copies]
-        if not missing:
+        found = {unit for key, unit in copies if key == plan}
+        num_missing = count - len(found)  # none is beyond the plan; what a damaged record plans may be without end
+        if not num_missing:
             continue
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        missing = itertools.islice((unit for unit in itertools.count() if unit not in found), min(5, num_missing))
+        shown = ", ".join(map(str, missing)) + (", ..." if num_missing > 5 else "")
         unfinished = [folder.name for folder in folders if not (folder / INDEX_FILENAME).exists()]
         who = f"; unfinished: {', '.join(unfinished)}" if unfinished else ""
-        are = "is" if len(missing) == 1 else "are"
+        are = "is" if num_missing == 1 else "are"
         raise DatasetError(
-            f"{len(missing):,} of the plan's {counted(count, 'unit')} {are} missing (unit {shown}){who}; found "
+            f"{num_missing:,} of the plan's {counted(count, 'unit')} {are} missing (unit {shown}){who}; found "
             f"{', '.join(folder.name for folder in folders[:5])}{', ...' if len(folders) > 5 else ''}: bring the other "
             "nodes' folders here, or run optimize again with the same settings, it continues"
         )

@@ -17,7 +17,7 @@ from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, write_index
 from pretrainkit.merge.sources import Sources
 from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.records import ChunkRecord
-from pretrainkit.storage import fsync_folder, storage_errors, write_atomic
+from pretrainkit.storage import fsync_folder, read_description, storage_errors, write_atomic
 from pretrainkit.verify import CHECKSUMS_FILENAME, read_checksums, write_checksums
 
 # Holds the fingerprint of the merge that is under way.
@@ -56,7 +56,7 @@ def is_finished(target_dir: Path, fingerprint: str) -> bool:
 def fingerprint_of(target_dir: Path) -> tuple[str | None, list[ChunkRecord]]:
     """The fingerprint a folder carries, from its mark or its checksums, or None."""
     if (target_dir / MARK).is_file():
-        return (target_dir / MARK).read_text(encoding="utf-8").strip(), []
+        return read_description(target_dir / MARK).strip(), []
     if (target_dir / CHECKSUMS_FILENAME).is_file():
         return read_checksums(target_dir)
     return None, []
