@@ -98,6 +98,14 @@ def alive(pid):
         return False
 
 
+def test_ctrl_c_is_nothing_to_a_worker_from_its_first_moment_on(tokenizer_dir):
+    with LocalExecutor(1, None).warm_up(str(tokenizer_dir), (), 1):
+        (worker,) = children_of(os.getpid())
+        status = dict(line.split(":\t") for line in Path(f"/proc/{worker}/status").read_text().splitlines())
+        assert int(status["SigBlk"], 16) & 1 << signal.SIGINT - 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @pytest.mark.parametrize(
     "num_workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
 )

@@ -173,6 +173,8 @@ class _Pool:
         ours, theirs = socket.socketpair()
         package_parent = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+        # Ctrl+C reaches the whole foreground group, and is the driver's business from a worker's first moment on.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pretrainkit.executors.worker", str(theirs.fileno())],
@@ -185,6 +187,7 @@ class _Pool:
             raise LaunchError(f"cannot start a worker process: {error}") from error
         finally:
             theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         connection = Connection(ours.detach())
         self._workers[connection] = _Worker(process=process, connection=connection)
         # It may have died already; its end of file is waited for.
