@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrainkit.errors import DatasetError, StorageError
+from pretrainkit.errors import ConfigError, DatasetError, StorageError
 from pretrainkit.remote import RetryingFile, filesystem, patiently
 
 _CHECKSUM_READ_BYTES = 1 << 20
@@ -31,6 +31,17 @@ _CHECKSUM_READ_BYTES = 1 << 20
 def is_remote(path: str | Path) -> bool:
     """Whether `path` is a URL that needs fsspec."""
     return "://" in str(path)
+
+
+def given_path(path: str | Path, flag: str) -> str:
+    """A path or URL as a user gave it, `~` and file:// resolved, which no shell does in --flag=~/folder.
+
+    Raises:
+        ConfigError: It is empty, and would mean the working folder.
+    """
+    if not str(path):
+        raise ConfigError(f"{flag} is empty; give a folder or URL (is a shell variable unset?)")
+    return os.path.expanduser(str(path).removeprefix("file://"))
 
 
 @contextlib.contextmanager
@@ -47,6 +58,8 @@ def storage_errors(doing: str) -> Iterator[None]:
         errno.EACCES: "no permission; give a folder that can be written",
         errno.EPERM: "no permission; give a folder that can be written",
         errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
+        errno.ENOENT: "a folder on the way is gone or cannot be made; give another path",
+        errno.ENAMETOOLONG: "a name in the path is too long; give another path",
         errno.EEXIST: "a file lies where a folder belongs; give another path",
         errno.EISDIR: "a folder lies where the file belongs; move it away",
         errno.EMFILE: "too many open files; raise the limit with ulimit -n",

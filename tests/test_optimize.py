@@ -17,6 +17,7 @@ import pytest
 from pretrainkit.arguments import load_yaml, parse
 from pretrainkit.errors import ConfigError, InputError, StorageError
 from pretrainkit.formats.litdata import read_chunk, read_index
+from pretrainkit.merge import merge_datasets
 from pretrainkit.metadata import DatasetInfo
 from pretrainkit.optimize import optimize_dataset
 from pretrainkit.records import load_records
@@ -251,6 +252,27 @@ def test_flags_that_contradict_each_other_are_refused(parquet_dir, tokenizer_dir
     with pytest.raises(InputError, match=r"does not exist; did you mean .*/parquet"):
         run(parquet_dir.parent / (parquet_dir.name + "x"), tokenizer_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_path_is_refused_and_a_tilde_is_the_home_folder(parquet_dir, tokenizer_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in").symlink_to(parquet_dir)
+    (tmp_path / "tokenizer").symlink_to(tokenizer_dir)
+    for paths in (["", "tokenizer", "out"], ["in", "", "out"], ["in", "tokenizer", ""]):
+        with pytest.raises(ConfigError, match=r"_dir is empty; give a folder or URL \(is a shell variable unset\?\)"):
+            run(*paths)
+    run("~/in", "~/tokenizer", "~/out")
+    with pytest.raises(ConfigError, match="target_dir is empty"):
+        merge_datasets("out/train", "")
+    merge_datasets("~/out/train", f"file://{tmp_path}/data")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "tokenizer", "out", "data"}
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(parquet_dir, tokenizer_dir):
+    for path, why in (("/proc/out", "is gone or cannot be made"), ("/tmp/" + "x" * 300, "is too long")):
+        with pytest.raises(StorageError, match=why):
+            run(parquet_dir, tokenizer_dir, path)
 
 
 def test_a_folder_without_shards_is_refused(tokenizer_dir, tmp_path):

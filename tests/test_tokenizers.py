@@ -166,9 +166,19 @@ def test_a_folder_without_a_usable_tokenizer_gets_one_clear_line(tokenizer_dir, 
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(TokenizerError, match="has no vocabulary"):
         read_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(TokenizerError, match="is not JSON"):
+        read_tokenizer(tmp_path)
+    for vocabulary in ('{"a": "0"}', '{"a": -1}', "[1]", "3"):
+        (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"vocab": {vocabulary}}}}}')
+        with pytest.raises(TokenizerError, match="has a damaged vocabulary"):
+            read_tokenizer(tmp_path)
     shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|nowhere|>"}')
     with pytest.raises(TokenizerError, match=r"eos_token '<\|nowhere\|>' is not in the vocabulary"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["</s>"]}')
+    with pytest.raises(TokenizerError, match=r"eos_token \['</s>'\] is not in the vocabulary"):
         read_tokenizer(tmp_path)
 
 

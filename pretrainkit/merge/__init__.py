@@ -25,7 +25,7 @@ from pretrainkit.merge.work import Work, prepare
 from pretrainkit.metadata import DatasetInfo
 from pretrainkit.signals import interruptible
 from pretrainkit.statistics import counted
-from pretrainkit.storage import folder_lock, is_remote
+from pretrainkit.storage import folder_lock, given_path, is_remote
 from pretrainkit.verify import VerifyLevel
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def merge_datasets(
         >>> info.tokens
         1234567
     """
-    source, target = str(source_dir), str(target_dir)
+    source, target = given_path(source_dir, "source_dir"), given_path(target_dir, "target_dir")
     started = time.monotonic()
     with interruptible("nothing is lost: run the same command again to go on"):
         if is_remote(target):

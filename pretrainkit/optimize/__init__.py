@@ -24,7 +24,7 @@ from pretrainkit.optimize.job import Optimization, OptimizeSummary, plan_on_disk
 from pretrainkit.optimize.sampling import sample_texts
 from pretrainkit.plan import PLAN_FILENAME, Plan, PlanSettings, make_plan
 from pretrainkit.signals import interruptible
-from pretrainkit.storage import folder_lock, is_remote
+from pretrainkit.storage import folder_lock, given_path, is_remote
 from pretrainkit.tokenizers import AUTO, ENGINES
 from pretrainkit.tokenizers.auto import FAST_ENGINE, choose_engine, reference_engine
 from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer
@@ -97,7 +97,8 @@ def optimize_dataset(  # noqa: PLR0913 - these are the command's flags; they are
         >>> summary.tokens["train"]
     """
     start = time.monotonic()
-    tokenizer_dir, output_dir = Path(tokenizer_dir), str(output_dir)
+    tokenizer_dir = Path(given_path(tokenizer_dir, "tokenizer_dir"))
+    output_dir = given_path(output_dir, "output_dir")
     if engine != AUTO:
         ENGINES.get(engine)
     runner: Executor = EXECUTORS.get(_choose_executor(executor))(num_workers, ray_address)
@@ -114,8 +115,8 @@ def optimize_dataset(  # noqa: PLR0913 - these are the command's flags; they are
     if val_fraction and (val_dir is not None or val_glob is not None):
         raise ConfigError("val_fraction and explicit validation files are two splits; give one")
     inputs = find_inputs(
-        input_dir=None if input_dir is None else str(input_dir),
-        val_dir=None if val_dir is None else str(val_dir),
+        input_dir=None if input_dir is None else given_path(input_dir, "input_dir"),
+        val_dir=None if val_dir is None else given_path(val_dir, "val_dir"),
         val_glob=val_glob,
         hf_dataset=hf_dataset,
         hf_config=hf_config,

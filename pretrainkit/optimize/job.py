@@ -25,7 +25,7 @@ from pretrainkit.plan import PLAN_FILENAME, Plan, differences
 from pretrainkit.progress import Progress, in_words
 from pretrainkit.records import Failure, UnitRecord, add_counts
 from pretrainkit.statistics import counted
-from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, write_atomic
+from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, storage_errors, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer, special_ids
 from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep
@@ -266,15 +266,16 @@ def plan_on_disk(output_dir: str) -> Plan | None:
 
     Raises:
         DatasetError: It is damaged.
-        StorageError: The path is no folder.
+        StorageError: The path is no folder, or cannot be read.
     """
     path = join(output_dir, PLAN_FILENAME)
-    try:
-        return Plan.from_json(read_bytes(path).decode(), path)
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError as error:
-        raise StorageError(f"output_dir={output_dir} is a file, or lies below one; give a folder") from error
+    with storage_errors(f"read {path}"):
+        try:
+            return Plan.from_json(read_bytes(path).decode(errors="replace"), path)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError as error:
+            raise StorageError(f"output_dir={output_dir} is a file, or lies below one; give a folder") from error
 
 
 def refuse_other_plan(old: Plan, new: Plan, output_dir: str) -> None:

@@ -66,7 +66,13 @@ def read_tokenizer(folder: Path) -> TokenizerInfo:
     name = folder.resolve().name
     if kind == "sentencepiece":
         return _read_sentencepiece(folder, path, sha256)
-    ids = token_ids(parse_tokenizer_json(path))
+    content = parse_tokenizer_json(path)
+    try:
+        ids = token_ids(content)
+        if not all(type(number) is int and number >= 0 for number in ids.values()):
+            raise ValueError("an id is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TokenizerError(f"{path} has a damaged vocabulary ({error}); fetch the tokenizer again") from error
     if not ids:
         raise TokenizerError(f"{path} has no vocabulary; give a whole tokenizer")
     bos, eos = (_marker_id(folder, marker, ids) for marker in ("bos", "eos"))
@@ -96,7 +102,7 @@ def parse_tokenizer_json(path: Path) -> dict[str, Any]:
 def _parse_version(path: Path, _version: tuple[int, ...]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON ({error}); fetch the tokenizer again") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise TokenizerError(f"{path} is not a tokenizer of Hugging Face tokenizers: it has no `model`")
@@ -158,7 +164,7 @@ def _marker_id(folder: Path, marker: Literal["bos", "eos"], ids: dict[str, int])
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None:
-            if token not in ids:
+            if not isinstance(token, str) or token not in ids:
                 raise TokenizerError(f"{folder / name}: {marker}_token {token!r} is not in the vocabulary")
             return ids[token]
     for name in ("generation_config.json", "config.json"):
@@ -176,7 +182,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON ({error}); fetch the tokenizer again") from error
     return content if isinstance(content, dict) else {}
 
