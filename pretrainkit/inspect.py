@@ -6,6 +6,7 @@ written to the dataset, and control characters in its text reach the terminal as
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import unicodedata
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrainkit.errors import ConfigError, DatasetError
+from pretrainkit.errors import ConfigError, DatasetError, TokenizerError
 from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, read_chunk, read_index
 from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.records import ChunkRecord, load_records
@@ -57,10 +58,11 @@ def inspect_dataset(
     info = DatasetInfo.load(dataset_dir) if (dataset_dir / METADATA_FILENAME).is_file() else None
     _say("\n".join([f"{dataset_dir}", *_facts(entries, dtype.name, info)]))
     if verify is not None:
-        _say(f"\nverified ({verify}): {counted(_verify(dataset_dir, info, verify), 'chunk')}, as recorded")
+        _say(f"\nverified ({verify}): {counted(_verify(dataset_dir, entries, info, verify), 'chunk')}, as recorded")
     if info is not None and info.document_lengths:
         _say("\ntokens per document")
         _say("\n".join(f"  {line}" for line in histogram_lines(info.document_lengths)))
+    entries = [entry for entry in entries if entry.dim]
     if entries and samples:
         decode = _decoder(tokenizer_dir or dataset_dir / TOKENIZER_FOLDER, required=tokenizer_dir is not None)
         for number, place in enumerate(_places(entries, samples, sample_tokens, seed), 1):
@@ -68,7 +70,7 @@ def inspect_dataset(
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(visible(text) + "\n")
 
 
 def _check_folder(folder: Path) -> None:
@@ -109,8 +111,8 @@ def _facts(entries: Sequence[ChunkEntry], dtype: str, info: DatasetInfo | None) 
     return [f"  {name:<11}{text}" for name, text in rows]
 
 
-def _verify(folder: Path, info: DatasetInfo | None, level: VerifyLevel) -> int:
-    """Check every chunk against what was recorded; how many there are."""
+def _verify(folder: Path, entries: Sequence[ChunkEntry], info: DatasetInfo | None, level: VerifyLevel) -> int:
+    """Check the index, and every chunk in it, against what was recorded; how many there are."""
     if info is None:
         raise DatasetError(f"{folder} has no {METADATA_FILENAME}, so there is nothing to verify its chunks against")
     records: list[ChunkRecord]
@@ -118,6 +120,15 @@ def _verify(folder: Path, info: DatasetInfo | None, level: VerifyLevel) -> int:
         records = read_checksums(folder)[1]
     else:
         records = [chunk for record in load_records(folder) for chunk in record.chunks]
+    listed = [(e.filename, e.chunk_bytes, e.chunk_size, e.dim) for e in entries]
+    recorded = [(r.filename, r.bytes, r.items, r.tokens) for r in records]
+    for index_says, records_say in itertools.zip_longest(listed, recorded):
+        if index_says != records_say:  # readers go by the index
+            name = (index_says or records_say)[0]
+            raise DatasetError(
+                f"{folder}: {INDEX_FILENAME} and what was recorded disagree on {name}; one of them is damaged or was "
+                "changed by hand, make the dataset again"
+            )
     for record in records:
         verify_chunk(folder / record.filename, record, info.token_dtype, info.tokenizer.vocab_size, level)
     return len(records)
@@ -156,11 +167,11 @@ def _sample(
             text.append(token)
             continue
         if text:
-            parts.append(visible(decode(text)))
+            parts.append(decode(text))
         parts.append(f"----- {markers[token]} ({token}) -----")
         text = []
     if text:
-        parts.append(visible(decode(text)))
+        parts.append(decode(text))
     return "\n".join([title, *parts])
 
 
@@ -184,5 +195,8 @@ def _decoder(folder: Path, *, required: bool) -> Decode | None:
         return lambda ids: str(model.decode(ids))
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise TokenizerError(f"{path} cannot be loaded by tokenizers: {error}; give --tokenizer_dir") from error
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))

@@ -45,6 +45,11 @@ class TokenizerInfo:
     eos_id: int | None = None
     """Id written after each document, when the boundary rule says so."""
 
+    def __post_init__(self) -> None:
+        ids = [marker for marker in (self.bos_id, self.eos_id) if marker is not None]
+        if not all(isinstance(text, str) for text in (self.name, self.sha256)) or any(type(i) is not int for i in ids):
+            raise TypeError("a name, a hash or an id")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:

@@ -179,7 +179,10 @@ def check_histogram(histogram: object) -> None:
     Raises:
         TypeError: It is none.
     """
-    if not isinstance(histogram, dict) or not all(_LENGTH_NAME.fullmatch(name) for name in histogram):
+    fits = isinstance(histogram, dict) and all(
+        _LENGTH_NAME.fullmatch(name) and type(count) is int and count > 0 for name, count in histogram.items()
+    )
+    if not fits:
         raise TypeError("document_lengths is no histogram")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -102,8 +105,6 @@ def test_same_seed_shows_the_same_samples(dataset, capsys):
 
 
 def test_dataset_of_stock_litdata_is_shown_as_ids_or_with_a_tokenizer(dataset, tokenizer_dir, capsys):
-    import shutil
-
     (dataset / "metadata.json").unlink()
     shutil.rmtree(dataset / "tokenizer")
     inspect_dataset(dataset, samples=1, sample_tokens=1000)
@@ -128,6 +129,46 @@ def test_full_verification_finds_a_flipped_bit(dataset):
     inspect_dataset(dataset, samples=0, verify="fast")
     with pytest.raises(DatasetError, match="another checksum"):
         inspect_dataset(dataset, samples=0, verify="full")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda chunks: chunks[0].update(dim=3),
+        lambda chunks: chunks[0].update(filename="chunk-0-9.bin"),
+        lambda chunks: chunks.clear(),
+        lambda chunks: chunks.append({**chunks[0], "filename": "chunk-0-9.bin"}),
+    ],
+)
+@pytest.mark.parametrize("level", ["fast", "full"])
+def test_verification_finds_an_index_that_is_not_what_was_recorded(dataset, change, level):
+    index = json.loads((dataset / "index.json").read_text())
+    change(index["chunks"])
+    (dataset / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DatasetError, match=r"index\.json and what was recorded disagree on chunk-0-\d\.bin"):
+        inspect_dataset(dataset, samples=0, verify=level)
+
+
+def test_nothing_in_a_crafted_dataset_reaches_the_terminal_or_hangs(dataset, capsys):
+    metadata = json.loads((dataset / "metadata.json").read_text())
+    metadata["tokenizer"]["name"] = "\x1b[2J"
+    (dataset / "metadata.json").write_text(json.dumps(metadata))
+    inspect_dataset(dataset, samples=0)
+    assert r"\x1b[2J" in capsys.readouterr().out
+    for changes in ({"document_lengths": {"2^1": "a"}}, {"tokenizer": {**metadata["tokenizer"], "sha256": 5}}):
+        (dataset / "metadata.json").write_text(json.dumps({**metadata, **changes}))
+        with pytest.raises(DatasetError, match="holds values of other types"):
+            inspect_dataset(dataset)
+    (dataset / "metadata.json").unlink()
+    (dataset / "tokenizer/tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="cannot be loaded by tokenizers"):
+        inspect_dataset(dataset)
+    (chunk,) = dataset.glob("chunk-*.bin")
+    chunk.unlink()
+    os.mkfifo(chunk)
+    shutil.rmtree(dataset / "tokenizer")
+    with pytest.raises(DatasetError, match="is not a regular file"):
+        inspect_dataset(dataset)
 
 
 def test_wrong_folders_and_numbers_get_one_clear_line(dataset, tmp_path):

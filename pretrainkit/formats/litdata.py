@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def read_chunk(path: str | Path, dtype: np.dtype | str) -> tuple[np.ndarray, np.
 
     path, dtype = Path(path), np.dtype(dtype)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would make us wait
+            raise DatasetError(f"{path} is not a regular file; put the chunk itself there")
         raw = np.memmap(path, dtype=np.uint8, mode="r")
     except FileNotFoundError as error:
         raise DatasetError(f"{path} is missing; make the dataset again or fetch the file") from error
