@@ -59,6 +59,8 @@ def storage_errors(doing: str) -> Iterator[None]:
         errno.EPERM: "no permission; give a folder that can be written",
         errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
         errno.ENOENT: "a folder on the way is gone or cannot be made; give another path",
+        errno.EFBIG: "a file would be larger than the file system or ulimit -f allows; raise it or lower chunk_bytes",
+        errno.EIO: "the device reports an error; give a folder on another one",
         errno.ENAMETOOLONG: "a name in the path is too long; give another path",
         errno.EEXIST: "a file lies where a folder belongs; give another path",
         errno.EISDIR: "a folder lies where the file belongs; move it away",

@@ -75,6 +75,10 @@ def test_what_is_wrong_in_a_store_is_named(home, s3):
     s3.pipe_file("bucket/taken/precious.txt", b"x")
     with pytest.raises(StorageError, match=r"holds other data \(precious\.txt\)"):
         merge_datasets("s3://bucket/nodes/train", "s3://bucket/taken")
+    whole = s3.cat_file("bucket/nodes/train/n1/chunk-0-0.bin")
+    s3.pipe_file("bucket/nodes/train/n1/chunk-0-0.bin", whole[:-1] + b"?")
+    with pytest.raises(DatasetError, match=r"/n1/chunk-0-0\.bin has another checksum than its record"):
+        merge_datasets("s3://bucket/nodes/train", "s3://bucket/x", verify="full")
     s3.pipe_file("bucket/nodes/train/n1/chunk-0-0.bin", b"short")
     with pytest.raises(DatasetError, match=r"chunk-0-0\.bin has 5 bytes, its record says"):
         merge_datasets("s3://bucket/nodes/train", "s3://bucket/x")

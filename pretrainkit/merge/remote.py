@@ -112,9 +112,7 @@ class RemoteMerge:
         wanted |= {part.chunk for part in self.work.tail}
         intact = [Path(origin) for origin in origins]
         order = sorted(wanted)
-        for index, path in zip(
-            order, in_threads(lambda i: self._bring(origins[i], i), order, "fetching", 1), strict=True
-        ):
+        for index, path in zip(order, in_threads(lambda i: self._bring(origins[i]), order, "fetching", 1), strict=True):
             intact[index] = path
         placed = in_threads(lambda output: self._place(output, origins, intact), self.work.outputs, "merging chunks", 1)
         return self._publish(placed, intact), placed
@@ -151,16 +149,17 @@ class RemoteMerge:
         check_vocabulary(record, info.tokenizer.vocab_size, url)
         check_table(fs.cat_file(inner, start=0, end=header_bytes(record.items)), record, info.token_dtype, url)
         if self._level == "full":
-            path = self._bring(url, index)
+            path = self._bring(url)
             verify_chunk(path, record, info.token_dtype, info.tokenizer.vocab_size, "full")
             path.unlink()
 
-    def _bring(self, origin: str, index: int) -> Path:
+    def _bring(self, origin: str) -> Path:
         """A local copy of a source chunk; the chunk itself where it is local."""
         if not is_remote(origin):
             return Path(origin)
-        path = self._scratch / f"chunk-{index}"
         fs, inner = filesystem(origin)
+        path = self._scratch.joinpath("fetched", *inner.split("/")[-2:])  # node and chunk, for who reads of its damage
+        path.parent.mkdir(parents=True, exist_ok=True)
         fs.get_file(inner, str(path))
         return path
 
@@ -180,7 +179,7 @@ class RemoteMerge:
         if fs is self._fs:
             fs.cp_file(inner, target)
         else:
-            self._upload(self._bring(origins[index], index), record.checksum, target, keep=fs is None)
+            self._upload(self._bring(origins[index]), record.checksum, target, keep=fs is None)
         return Placed(renamed(record, output.filename), "copied")
 
     def _upload(self, path: Path, expected: str, target: str, *, keep: bool) -> None:
