@@ -14,7 +14,7 @@ from pretrainkit.arrow import concat, string_array, string_buffers
 from pretrainkit.errors import ConfigError, TokenizerError
 from pretrainkit.metadata import TokenizerInfo
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments
-from pretrainkit.tokenizers.auto import check_equal, load_engine, reference_engine
+from pretrainkit.tokenizers.auto import check_equal, choose_engine, load_engine, reference_engine
 from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer, special_ids, split_added_tokens
 from pretrainkit.tokenizers.torture import torture_texts
 from pretrainkit.units.boundaries import Boundaries
@@ -137,6 +137,21 @@ def test_a_truncation_saved_in_tokenizer_json_cuts_nothing(tokenizer_dir, tmp_pa
     (folder / "tokenizer.json").write_text(json.dumps(content))
     for name in ("gigatoken", "tokenizers"):
         assert len(load_engine(name, folder).encode(pa.array(["one two three four five " * 9])).ids) > 20
+
+
+def test_auto_tries_the_one_added_token_among_many_that_the_fast_engine_finds_otherwise(tokenizer_dir, tmp_path):
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(f"<{i}>", normalized=False) for i in range(100)])
+    shutil.copytree(tokenizer_dir, tmp_path / "all-alike")
+    tokenizer.save(str(tmp_path / "all-alike/tokenizer.json"))
+    assert choose_engine(tmp_path / "all-alike", []) == "gigatoken"
+    tokenizer.add_tokens([AddedToken("<word>", single_word=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken(f"<{i}>", normalized=False) for i in range(100, 700)])
+    shutil.copytree(tokenizer_dir, tmp_path / "one-word")
+    tokenizer.save(str(tmp_path / "one-word/tokenizer.json"))
+    assert choose_engine(tmp_path / "one-word", []) == "tokenizers"
 
 
 def test_a_folder_says_what_its_tokenizer_is(tokenizer_dir, sentencepiece_dir, byte_fallback_dir):

@@ -51,11 +51,11 @@ _RANGES = [
 ]  # fmt: skip
 
 
-def torture_texts(special_tokens: list[str]) -> list[str]:
-    """Some 500 strings, 30,000 characters in all; `special_tokens` are mixed in as text."""
+def torture_texts(added_tokens: list[str]) -> list[str]:
+    """Some 500 strings, 30,000 characters in all; `added_tokens` are mixed in as text."""
     generator = random.Random(20_260_101)  # noqa: S311 - reproducible, not secret
     texts = list(_HAND_PICKED)
-    for token in special_tokens[:64]:
+    for token in added_tokens:
         texts += [token, f"a{token}b", f" {token} {token}\n", token[:-1], token.upper()]
     for first, stop in _RANGES:
         for length in (5, 20, 80, 200):
