@@ -16,6 +16,7 @@ from pretrainkit.metadata import TokenizerInfo
 from pretrainkit.tokenizers import ENGINES, EncodedDocuments
 from pretrainkit.tokenizers.auto import check_equal, choose_engine, load_engine, reference_engine
 from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer, special_ids, split_added_tokens
+from pretrainkit.tokenizers.sentencepiece import user_defined_symbols
 from pretrainkit.tokenizers.torture import torture_texts
 from pretrainkit.units.boundaries import Boundaries
 from tests.conftest import BOS, EOS, SENTENCES, make_texts
@@ -24,9 +25,12 @@ from tests.conftest import BOS, EOS, SENTENCES, make_texts
 @pytest.fixture(scope="session")
 def sentencepiece_dir(tmp_path_factory):
     """A folder with a SentencePiece BPE model with byte fallback, as Llama 2 has it."""
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece") / "tiny-spm")
+
+
+def train_sentencepiece(folder, **options):
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("sentencepiece") / "tiny-spm"
     folder.mkdir()
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(line for text in make_texts(200) for line in text.splitlines() if line.strip()))
@@ -40,6 +44,7 @@ def sentencepiece_dir(tmp_path_factory):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
     return folder
 
@@ -152,6 +157,13 @@ def test_auto_tries_the_one_added_token_among_many_that_the_fast_engine_finds_ot
     shutil.copytree(tokenizer_dir, tmp_path / "one-word")
     tokenizer.save(str(tmp_path / "one-word/tokenizer.json"))
     assert choose_engine(tmp_path / "one-word", []) == "tokenizers"
+
+
+def test_auto_tries_the_user_defined_symbols_of_a_tokenizer_model(sentencepiece_dir, tmp_path):
+    assert choose_engine(sentencepiece_dir, []) == "gigatoken"
+    folder = train_sentencepiece(tmp_path / "symbols", user_defined_symbols=["<sep>", "\n"])
+    assert {"<sep>", "\n"} <= set(user_defined_symbols(folder / "tokenizer.model"))
+    assert choose_engine(folder, []) == "sentencepiece"
 
 
 def test_a_folder_says_what_its_tokenizer_is(tokenizer_dir, sentencepiece_dir, byte_fallback_dir):

@@ -105,7 +105,9 @@ def _telling_tokens(tokenizer_dir: Path) -> list[str]:
     """Added tokens whose names in a text may mislead an engine."""
     kind, path = tokenizer_file(tokenizer_dir)
     if kind == "sentencepiece":
-        return ["<s>", "</s>", "<unk>", "<pad>"]
+        from pretrainkit.tokenizers.sentencepiece import user_defined_symbols
+
+        return ["<s>", "</s>", "<unk>", "<pad>", *user_defined_symbols(path)[:_MOST_TOKENS_TRIED]]
     added = split_added_tokens(path)[1]
     # Those that are not special are found in text, by rules of their own; the rarer their rules, the sooner tried.
     found = [token for token in added if not token.get("special")]

@@ -48,3 +48,14 @@ def load_model(path: Path) -> Any:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError, TypeError) as error:
         raise TokenizerError(f"{path} is no SentencePiece model: {' '.join(str(error).split())}") from error
+
+
+def user_defined_symbols(path: Path) -> list[str]:
+    """What a tokenizer.model takes for one piece wherever it stands in a text; a few other pieces may be among them."""
+    model = load_model(path)
+    numbers = list(range(model.get_piece_size()))
+    # The library does not tell which they are, but they have no score; nor have control symbols, bytes, and one merge.
+    unscored = [number for number, score in zip(numbers, model.get_score(numbers), strict=True) if score == 0]
+    kinds = (model.is_control, model.is_unknown, model.is_unused, model.is_byte)
+    chosen = [number for number in unscored if not any(is_kind(number) for is_kind in kinds)]
+    return [piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in model.id_to_piece(chosen)]
