@@ -144,6 +144,15 @@ def test_a_truncation_saved_in_tokenizer_json_cuts_nothing(tokenizer_dir, tmp_pa
         assert len(load_engine(name, folder).encode(pa.array(["one two three four five " * 9])).ids) > 20
 
 
+def test_a_dropout_saved_in_tokenizer_json_leaves_the_ids_as_they_are(tokenizer_dir, tmp_path):
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    texts = pa.array(SENTENCES)
+    check_equal(load_engine("tokenizers", tmp_path), load_engine("tokenizers", tokenizer_dir), texts)
+    assert choose_engine(tmp_path, SENTENCES) == "gigatoken"
+
+
 def test_auto_tries_the_one_added_token_among_many_that_the_fast_engine_finds_otherwise(tokenizer_dir, tmp_path):
     from tokenizers import AddedToken, Tokenizer
 

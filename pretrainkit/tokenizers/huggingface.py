@@ -32,6 +32,9 @@ class HuggingFaceEngine:
         # A tokenizer.json may carry the truncation of the run that saved it; it would cut documents without a word.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # With the dropout that a BPE may have been saved with, one text would give other ids each time.
+        if hasattr(self._tokenizer.model, "dropout"):
+            self._tokenizer.model.dropout = None
 
     def encode(self, documents: Any) -> EncodedDocuments:
         """See `Engine.encode`."""
