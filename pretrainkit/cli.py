@@ -16,7 +16,7 @@ from typing import Any
 
 from pretrainkit._version import __version__
 from pretrainkit.arguments import parse
-from pretrainkit.errors import Interrupted, PretrainKitError
+from pretrainkit.errors import Interrupted, PretrainKitError, StorageError
 from pretrainkit.registry import Registry
 
 COMMANDS = Registry(
@@ -98,6 +98,11 @@ def run_cli(
         if debug:
             raise
         sys.exit(_complain(error))
+    except PermissionError as error:  # of whatever file: it is for the user to mend
+        if debug:
+            raise
+        path = str(error.filename or error)
+        sys.exit(_complain(StorageError(f"no permission for {path}; have it changed, or give another path")))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -201,7 +202,10 @@ def load_records(folder: str | Path) -> list[UnitRecord]:
     Raises:
         DatasetError: A record is damaged.
     """
+    base = Path(folder) / RECORDS_FOLDER
+    names = sorted(os.listdir(base)) if base.is_dir() else []  # glob() takes a folder without permission for empty
     return [
-        UnitRecord.from_json(read_description(path), str(path))
-        for path in sorted((Path(folder) / RECORDS_FOLDER).glob("*.json"))
+        UnitRecord.from_json(read_description(base / name), str(base / name))
+        for name in names
+        if name.endswith(".json")
     ]

@@ -153,9 +153,17 @@ def test_a_missing_config_file_names_the_nearest(tmp_path):
 def test_exit_codes_and_messages(capsys):
     def fails(kind: str) -> None:
         """Fail."""
-        raise {"user": ConfigError("a\n  b"), "signal": Interrupted("stopped", 15)}[kind]
+        raise {
+            "user": ConfigError("a\n  b"),
+            "signal": Interrupted("stopped", 15),
+            "permission": PermissionError(13, "Permission denied", "a/b.json"),
+        }[kind]
 
-    for kind, code, line in [("user", 2, "error: a b\n"), ("signal", 143, "stopped\n")]:
+    for kind, code, line in [
+        ("user", 2, "error: a b\n"),
+        ("signal", 143, "stopped\n"),
+        ("permission", 2, "error: no permission for a/b.json; have it changed, or give another path\n"),
+    ]:
         with pytest.raises(SystemExit) as caught:
             run_cli(fails, ["--kind", kind])
         assert (caught.value.code, capsys.readouterr().err) == (code, line)

@@ -32,6 +32,7 @@ NO_PERMISSION = "no permission; give a folder that can be written"
 
 _PR_CAPBSET_DROP = 24
 _CAP_DAC_OVERRIDE = 1
+_CAP_DAC_READ_SEARCH = 2
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +260,10 @@ def test_merge_reads_from_a_read_only_place_and_never_moves_from_it(disk, tmp_pa
 
 
 def obey_permissions():
-    """Take from root, before it runs another program, the right to write where permissions say no."""
+    """Take from root, before it runs another program, the right to read and write where permissions say no."""
     if os.geteuid() == 0:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, 0, 0, 0)
+        for right in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_CAPBSET_DROP, right, 0, 0, 0)
 
 
 @pytest.fixture
@@ -272,6 +274,18 @@ def locked_folder(tmp_path):
     folder.chmod(0o555)
     yield folder
     folder.chmod(0o755)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["units", "metadata.json", "index.json", "chunk-0-0.bin"])
+def test_what_may_not_be_read_is_named_in_one_line(tmp_path, undisturbed, name):
+    shutil.copytree(undisturbed / "out/train", tmp_path / "train")
+    (node,) = (tmp_path / "train").iterdir()
+    (node / name).chmod(0)
+    line = only_line(merge_command(tmp_path / "train", tmp_path / "data"), preexec_fn=obey_permissions)
+    (node / name).chmod(0o700)
+    assert line == f"error: no permission for {node / name}; have it changed, or give another path"
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.slow
