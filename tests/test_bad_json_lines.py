@@ -112,6 +112,11 @@ def test_a_key_that_the_first_line_lacks_is_asked_for_before_any_work(tmp_path, 
     assert run(tmp_path, tokenizer_dir, text_column="body").documents == {"train": 1}
 
 
+def test_a_first_line_without_the_key_is_one_null_among_others_that_have_it(tmp_path, tokenizer_dir):
+    write_lines(tmp_path, b'{"made": "today"}\n{"text": "a"}\n{"text": "b"}\n')
+    assert check_texts(tmp_path, tokenizer_dir, ["a", "b"]).dropped == {"null": 1}
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("data", [b"", b" \n\n\t\n"], ids=["empty", "white space"])
 def test_a_file_without_lines_is_fine_beside_others(tmp_path, tokenizer_dir, data, suffix):

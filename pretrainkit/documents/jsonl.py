@@ -38,7 +38,7 @@ def inspect(file: ListedFile, text_column: str) -> ShardInfo:
     try:
         with open_input(file.path) as source:
             fingerprint = fingerprint_of(source)
-        problem = _first_line_problem(file.path, text_column)
+        problem = _first_lines_problem(file.path, text_column)
     except (OSError, pa.ArrowException, PretrainKitError) as error:
         return ShardInfo(kind="file", fingerprint="", problem=blame_file(error, file.path))
     if problem is not None:
@@ -246,17 +246,22 @@ def _text_of(line: bytes, text_column: str) -> bytes | None:
     return value.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
 
 
-def _first_line_problem(path: str, text_column: str) -> str | None:
-    """Why the text column cannot be found, by the first line; None when it can, or when that line is broken."""
-    line = b""
+def _first_lines_problem(path: str, text_column: str) -> str | None:
+    """Why the text column cannot be found, by the first lines; None when one has it, or when all are broken."""
+    data = b""
     with _open(path, _FINGERPRINT_BYTES) as file:
-        while b"\n" not in line and len(line) < _FIRST_LINE_BYTES and (data := file.read(_READ_BYTES)):
-            line += data
-    line = line.removeprefix(_BYTE_ORDER_MARK).split(b"\n", 1)[0]
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None  # reading will locate it, or the line is longer than a megabyte
-    if isinstance(row, dict) and text_column not in row:
-        return f"has no key {text_column!r}; its first line has {', '.join(row) or 'none'} (--text_column)"
-    return None
+        while b"\n" not in data and len(data) < _FIRST_LINE_BYTES and (more := file.read(_READ_BYTES)):
+            data += more
+    keys: list[str] | None = None
+    for line in data.removeprefix(_BYTE_ORDER_MARK).split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # reading will locate it, or it is cut here
+        if isinstance(row, dict) and text_column in row:
+            return None
+        if isinstance(row, dict) and keys is None:
+            keys = list(row)
+    if keys is None:
+        return None
+    return f"has no key {text_column!r}; its first line has {', '.join(keys) or 'none'} (--text_column)"
