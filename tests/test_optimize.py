@@ -171,6 +171,15 @@ def test_explicit_validation_files_are_the_validation_split(parquet_dir, tokeniz
     )
 
 
+def test_a_validation_file_that_is_also_trained_on_is_refused(parquet_dir, tokenizer_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(parquet_dir)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/v.parquet").symlink_to(parquet_dir / "a.parquet")
+    for val_dir in (".", parquet_dir, tmp_path / "links"):
+        with pytest.raises(InputError, match=r"a\.parquet is both in input_dir and in val_dir"):
+            run(".", tokenizer_dir, tmp_path / "out", val_dir=val_dir)
+
+
 def test_finished_work_is_not_done_again(parquet_dir, tokenizer_dir, tmp_path):
     first = run(parquet_dir, tokenizer_dir, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}

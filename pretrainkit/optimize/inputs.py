@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def find_inputs(
             raise InputError(f"val_glob={val_glob!r} matches {len(val)} of {len(files)} files; each split needs some")
     if val_dir is not None:
         val, val_root = _shards(str(val_dir), "val_dir"), str(val_dir)
-        twice = {file.path for file in train} & {file.path for file in val}
+        twice = {_identity(file) for file in train} & {_identity(file) for file in val}
         if twice:
             raise InputError(f"{min(twice)} is both in input_dir and in val_dir; move it, or use --val_glob")
     return Inputs(
@@ -93,6 +94,11 @@ def _shards(root: str, flag: str) -> list[ListedFile]:
             "%s=%s: %s left out, hidden or of another kind: %s", flag, root, counted(len(others), "file"), shown
         )
     return files
+
+
+def _identity(file: ListedFile) -> str:
+    """The same for one file, however a user wrote its folder and whatever link leads there."""
+    return file.path if is_remote(file.path) else os.path.realpath(file.path)
 
 
 def _is_hidden(name: str) -> bool:
