@@ -12,9 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from pretrainkit.documents import OnBadInput, ShardInfo, inspect_shard, refuse_all_bad
@@ -208,8 +208,10 @@ def make_plan(
     Raises:
         InputError: Nothing to read, or a shard that cannot be used.
     """
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:  # waits for disks and networks, hardly computes
-        infos = list(pool.map(lambda item: inspect_shard(item[1], settings.text_column), files))
+    # Threads wait for disks and networks, and hardly compute. For this kind nobody waits: one that a silent store keeps
+    # must not hold up Ctrl+C.
+    with ThreadPool(_FOOTER_THREADS) as pool:
+        infos = pool.map(lambda item: inspect_shard(item[1], settings.text_column), files)
     problems = [(f.name, info.problem) for (_, f), info in zip(files, infos, strict=True) if info.problem is not None]
     if problems and (on_bad_input == "fail" or len(problems) == len(files)):
         raise refuse_all_bad(problems)

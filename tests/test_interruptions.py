@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -360,6 +362,22 @@ def test_a_signal_is_never_taken_for_bad_input(tmp_path, input_dir, tokenizer_di
     monkeypatch.undo()
     optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=0, on_bad_input="skip", **FLAGS)
     assert differences(tree(tmp_path / "out"), tree(undisturbed / "out")) == []
+
+
+def test_ctrl_c_waits_for_no_store_that_is_silent(tmp_path, input_dir, tokenizer_dir, monkeypatch):
+    answer = threading.Event()
+
+    def ask(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        answer.wait(60)
+
+    monkeypatch.setattr("pretrainkit.plan.inspect_shard", ask)
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped by SIGINT"):
+        optimize_dataset(tokenizer_dir, tmp_path / "out", input_dir, num_workers=0, **FLAGS)
+    assert time.monotonic() - start < 30
+    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    answer.set()
 
 
 def test_drafts_and_stages_of_dead_processes_are_swept_and_no_others(input_dir, tokenizer_dir, tmp_path):
