@@ -49,6 +49,16 @@ def test_from_a_store_to_a_local_folder(home, s3, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["down"]
 
 
+def test_a_folder_of_that_name_with_other_data_is_left_alone(home, s3, tmp_path):
+    (tmp_path / ".down.fetched").mkdir()
+    (tmp_path / ".down.fetched/precious.txt").write_text("x")
+    with pytest.raises(StorageError, match=r"\.down\.fetched holds precious\.txt, which is no part of s3://bucket"):
+        merge_datasets("s3://bucket/nodes/train", tmp_path / "down")
+    (tmp_path / ".down.fetched/precious.txt").rename(tmp_path / "precious.txt")
+    merge_datasets("s3://bucket/nodes/train", tmp_path / "down")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["down", "precious.txt"]
+
+
 def test_an_interrupted_merge_into_a_store_goes_on(home, s3, monkeypatch):
     copy, calls = s3.cp_file, []
 

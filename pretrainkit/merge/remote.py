@@ -38,12 +38,17 @@ def fetch(source: str, target: Path, *, chunks: bool) -> None:
 
     Raises:
         DatasetError: There is nothing.
+        StorageError: The local folder holds something else.
     """
     fs, inner = filesystem(source)
     found = fs.find(inner, detail=True) if fs.exists(inner) else {}
     if not found:
         raise DatasetError(f"source_dir={source} holds nothing; give OUT/train or OUT/val of optimize")
     names = {path.removeprefix(inner.rstrip("/") + "/"): int(info["size"]) for path, info in found.items()}
+    there = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
+    foreign = [name for name in there if name not in names]
+    if foreign:  # the folder is removed when the merge is done
+        raise StorageError(f"{target} holds {foreign[0]}, which is no part of {source}; move it away")
 
     def bring(name: str) -> None:
         path = target / name
