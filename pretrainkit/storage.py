@@ -374,6 +374,8 @@ def open_input(path: str, *, read_ahead: int = 0) -> Any:
     import pyarrow as pa
 
     if not is_remote(path):
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # since the listing; to open it would take for ever
+            raise StorageError("not a regular file")
         return pa.OSFile(path, mode="r")
     file = RetryingFile(path)
     return pa.PythonFile(io.BufferedReader(file, read_ahead) if read_ahead else file, mode="r")

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrainkit.documents import DocumentBatch, joined, unusable
+from pretrainkit.documents import DocumentBatch, joined, read_range, unusable
 from pretrainkit.errors import InputError
 from pretrainkit.optimize import optimize_dataset
-from pretrainkit.records import Failure
+from pretrainkit.records import Failure, SourceRange
 from pretrainkit.units import runner
 from tests.conftest import make_texts, write_parquet
 from tests.test_optimize import documents_of, expected_ids
@@ -270,6 +270,14 @@ def test_a_bad_file_is_refused_before_any_work_or_counted(tmp_path, tokenizer_di
     summary = run(tmp_path, tokenizer_dir, on_bad_input="skip")
     assert (summary.documents, summary.dropped) == ({"train": 10}, {"bad_file": 1})
     assert failures_of(tmp_path)[0]["shard"] == "bad.parquet"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.parquet", "row_group"), ("a.jsonl", "byte")])
+def test_a_shard_that_has_become_a_fifo_makes_nobody_wait(tmp_path, name, kind):
+    os.mkfifo(tmp_path / name)
+    source = SourceRange(shard=name, kind=kind, start=0, stop=1)
+    (batch,) = read_range(str(tmp_path / name), source, "text", "fingerprint")
+    assert (batch.dropped, batch.failures[0].detail.split(" (")[0]) == ({"bad_file": 1}, "not a regular file")
 
 
 def test_a_missing_column_names_the_columns_there_are(tmp_path, tokenizer_dir):
