@@ -11,21 +11,6 @@ from types import FrameType
 from pretrainkit.errors import Interrupted
 
 
-class _Stopped(BaseException):
-    """A signal came. Like KeyboardInterrupt, nothing that an `except` for a bad file or a bad tokenizer may take."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class _StopError(BaseException):
-    """A signal came. As Ctrl+C by itself: no `except` for errors may take it for a bad file or a bad tokenizer."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 @contextlib.contextmanager
 def interruptible(how_to_go_on: str) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted` while the block runs; a second signal waits for the clean-up.
@@ -40,18 +25,23 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
         yield
         return
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface of handlers
         for other in signals:
             signal.signal(other, signal.SIG_IGN)
-        raise _StopError(number)
+        received.append(number)
+        # What every library passes on, and what no `except` for a bad file or a bad tokenizer takes.
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
-    except _StopError as stopped:
-        name = signal.Signals(stopped.number).name
-        raise Interrupted(f"stopped by {name}; {how_to_go_on}", stopped.number) from stopped
+    except KeyboardInterrupt as stopped:
+        if not received:  # somebody's own
+            raise
+        name = signal.Signals(received[0]).name
+        raise Interrupted(f"stopped by {name}; {how_to_go_on}", received[0]) from stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

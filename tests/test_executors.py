@@ -257,3 +257,36 @@ def test_ray_makes_the_same_bytes_on_several_nodes_and_when_one_dies(input_dir, 
         cluster.shutdown()
     assert driver.returncode == 0, log
     assert digests(tmp_path / "out") == expected
+
+
+def test_ray_leaves_sigterm_to_the_job(monkeypatch):
+    from pretrainkit.executors import ray as executor
+
+    class Ray:
+        """Does at its start what Ray does: `sigterm_handler` in ray/_private/worker.py."""
+
+        @staticmethod
+        def is_initialized():
+            return False
+
+        @staticmethod
+        def init(**_):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+        @staticmethod
+        def shutdown():
+            pass
+
+    class Tasks:
+        def __init__(self, *_):
+            pass
+
+        def run(self, _):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen = []
+    monkeypatch.setitem(sys.modules, "ray", Ray)
+    monkeypatch.setattr(executor, "_Tasks", Tasks)
+    ours = signal.getsignal(signal.SIGTERM)
+    executor.RayExecutor(None, "somewhere").run(None, [0], print)
+    assert seen == [ours] == [signal.getsignal(signal.SIGTERM)]

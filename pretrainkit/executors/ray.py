@@ -11,9 +11,11 @@ import collections
 import contextlib
 import functools
 import logging
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,8 @@ class RayExecutor:
             raise ConfigError("executor=ray needs Ray: pip install 'pretrainkit[ray]'") from error
         started = not ray.is_initialized()
         if started:
-            self._connect(ray)
+            with _own_sigterm():
+                self._connect(ray)
         try:
             _Tasks(ray, job, units, self._num_workers).run(on_result)
         finally:
@@ -85,6 +88,21 @@ class RayExecutor:
                 raise LaunchError(f"ray_address={self._address}: {error}") from error
         logger.info("no Ray cluster found; starting one on this machine")
         ray.init(include_dashboard=False, num_cpus=self._num_workers, **options)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray puts its own there, which ends with exit code 15 and says nothing."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM and callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 class _Tasks:
