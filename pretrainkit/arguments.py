@@ -41,9 +41,14 @@ def parse(
     parser = _build_parser(function, positional, program)
     arguments, config_files = _prepare(list(arguments), parser)
     for path in config_files:
-        _check_keys(path, load_yaml(path), parser)
+        content = load_yaml(path)
+        _check_keys(path, content, parser)
+        if not content:  # jsonargparse takes nothing for a mistake
+            arguments.remove(f"--config={path}")
     try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
+        _check_nulls(parsed, parser)
+        values = parser.instantiate_classes(parsed)
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(_readable(error, parser)) from error
     return {name: value for name, value in vars(values).items() if name not in ("config", "debug")}
@@ -140,7 +145,8 @@ def _prepare(arguments: list[str], parser: Any) -> tuple[list[str], list[Path]]:
             configs.append(others.pop())
         if name.lstrip("-") in places:
             places.remove(name.lstrip("-"))
-    return configs + others, [Path(config.partition("=")[2]) for config in configs]
+    paths = [Path(config.partition("=")[2]) for config in configs]
+    return [f"--config={path}" for path in paths] + others, paths
 
 
 def _by_place(value: str, places: list[str], parser: Any) -> list[str]:
@@ -215,6 +221,21 @@ def _check_keys(path: Path, content: dict[Any, Any], parser: Any, prefix: str = 
             )
         if dest in groups and isinstance(value, dict):
             _check_keys(path, value, parser, f"{dest}.")
+        elif dest in groups:  # jsonargparse would take the defaults
+            raise ConfigError(f"{path}: {_group_in_words(dest, known, '')}")
+
+
+def _check_nulls(values: Any, parser: Any) -> None:
+    """Refuse null where a value belongs; jsonargparse lets it pass."""
+    for dest, action in _actions(parser).items():
+        hint = getattr(action, "_typehint", None)
+        if hint is not None and dest in values and values[dest] is None and type(None) not in typing.get_args(hint):
+            raise ConfigError(f"--{dest}=null does not fit; it takes {_type_in_words(hint)}")
+
+
+def _group_in_words(dest: str, known: Iterable[str], prefix: str = "--") -> str:
+    first = min(name for name in known if name.startswith(f"{dest}."))
+    return f"{prefix}{dest} is a group; give its keys one by one, like {prefix}{first}"
 
 
 def _alternatives(wrong: str, known: Iterable[str], prefix: str) -> str:
@@ -233,11 +254,10 @@ def _readable(error: Exception, parser: Any) -> str:
     action = _actions(parser).get(wrong[1]) if wrong else None
     if action is None:
         return text
-    value = re.search(r"(?:Got|Given) value: (.*?)(?= Subtypes:| Errors:|$)", text)
+    value = re.search(r"(?:Got|Given) value: (.*?)(?= Subtypes:| Errors:| - Expected| Given value|$)", text)
     given = f"={value[1]}" if value else ""
-    keys = sorted(dest for dest in _actions(parser) if dest.startswith(f"{action.dest}."))
-    if keys:
-        return f"--{action.dest} is a group; give its keys one by one, like --{keys[0]}"
+    if any(dest.startswith(f"{action.dest}.") for dest in _actions(parser)):
+        return _group_in_words(action.dest, _actions(parser))
     hint = getattr(action, "_typehint", None)
     return f"--{action.dest}{given} does not fit; it takes {_type_in_words(hint)}"
 

@@ -114,6 +114,7 @@ def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path):
         (["--input_dir=in", "--optimizer.learning_rate=-1"], "optimizer.learning_rate=-1.0 must be above 0"),
         (["--input_dir=in", "stray"], "'stray' belongs to no flag"),
         (["--input_dir"], "--input_dir needs a value"),
+        (["--input_dir=in", "--optimizer.steps=true"], "--optimizer.steps=True does not fit; it takes a whole number"),
     ],
 )
 def test_a_wrong_flag_gets_one_clear_line(arguments, message):
@@ -134,6 +135,8 @@ def test_a_wrong_flag_gets_one_clear_line(arguments, message):
             "optimizer:\n  learning_rat: 3\n",
             "unknown key 'optimizer.learning_rat'; did you mean optimizer.learning_rate",
         ),
+        ("optimizer: 3\n", "optimizer is a group; give its keys one by one, like optimizer.learning_rate"),
+        ("optimizer:\n", "optimizer is a group; give its keys one by one, like optimizer.learning_rate"),
     ],
 )
 def test_a_wrong_config_file_gets_one_clear_line(tmp_path, content, message):
@@ -142,6 +145,21 @@ def test_a_wrong_config_file_gets_one_clear_line(tmp_path, content, message):
     with pytest.raises(ConfigError, match="job.yaml") as caught:
         parse(job, ["--input_dir=in", f"--config={config}"])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["count: null\n", "optimizer:\n  learning_rate: null\n"])
+def test_null_where_a_value_belongs_is_refused(tmp_path, content):
+    config = tmp_path / "job.yaml"
+    config.write_text(content)
+    with pytest.raises(ConfigError, match="=null does not fit; it takes a "):
+        parse(job, ["--input_dir=in", f"--config={config}"])
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n"])
+def test_an_empty_config_file_takes_the_defaults(tmp_path, content):
+    config = tmp_path / "job.yaml"
+    config.write_text(content)
+    assert parse(job, [f"--config={config}", "--input_dir=in"]) == DEFAULTS
 
 
 def test_a_missing_config_file_names_the_nearest(tmp_path):
