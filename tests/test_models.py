@@ -342,6 +342,11 @@ def test_named_model_can_have_keys_replaced():
         (None, {**TINY, "n_head": 5}, "n_embd=32 must be a multiple of n_head=5"),
         (None, {**TINY, "mlp_class_name": "LlamaMLP"}, "did you mean LLaMAMLP"),
         (None, {**TINY, "mlp_class_name": "LLaMAMLP"}, "needs to set the `intermediate_size`"),
+        (None, {**TINY, "rotary_percentage": 2}, "model_config.rotary_percentage=2 must be between 0 and 1"),
+        (None, {**TINY, "norm_eps": -1}, "model_config.norm_eps=-1 must be above 0"),
+        (None, {**TINY, "final_logit_softcapping": 0}, "model_config.final_logit_softcapping=0 must be above 0"),
+        (None, {**TINY, "name": 3}, "model_config.name=3 is of the wrong type; expected str"),
+        (None, {**TINY, "rope_adjustments": 3}, "model_config.rope_adjustments=3 is of the wrong type; expected dict"),
         (None, {**MIXTURE, "n_expert_per_token": 5}, "n_expert_per_token=5 is not between 1 and n_expert=4"),
     ],
 )
@@ -353,6 +358,12 @@ def test_wrong_model_is_refused_in_one_line(name, keys, message):
 def test_context_beyond_the_models_is_refused():
     with pytest.raises(ModelError, match="max_seq_length=64 is longer than the context of the model, 32"):
         models.build_model(models.resolve_config(None, TINY), loss=LossConfig(), max_seq_length=64)
+
+
+def test_keys_that_only_the_model_looks_at_are_refused_in_one_line():
+    config = models.resolve_config(None, {**TINY, "rope_adjustments": {"low_freq_factor": 1.0}})
+    with pytest.raises(ModelError, match="model_config cannot be built: .* missing in rope_adjustments"):
+        models.build_model(config, loss=LossConfig())
 
 
 def dataset_info(**changes):

@@ -30,6 +30,14 @@ _POSITIVE = (
     "rope_base",
     "rope_condense_ratio",
 )
+_ABOVE_ZERO = (
+    "norm_eps",
+    "attention_scores_scalar",
+    "attention_logit_softcapping",
+    "final_logit_softcapping",
+    "rope_local_base_freq",
+    "routed_scaling_factor",
+)
 _CHOICES = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
     "norm_qk_type": ("default", "olmo2"),
@@ -104,19 +112,23 @@ def _check_value(key: str, value: Any, annotation: str) -> None:
     if key in _CHOICES and value not in _CHOICES[key]:
         near = did_you_mean(str(value), _CHOICES[key]) or list(_CHOICES[key])
         raise ModelError(f"model_config.{key}={value!r} does not exist; did you mean {' or '.join(near)}?")
-    if "bool" in annotation:
-        right = isinstance(value, bool)
-    elif annotation.startswith(("int", "<class 'int'")):
-        right = isinstance(value, int) and not isinstance(value, bool)
-    elif annotation.startswith(("float", "<class 'float'")):
-        right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    else:
-        right = True
-    if not right:
+    if not _has_type(value, annotation):
         kind = annotation.removeprefix("<class '").removesuffix("'>")
         raise ModelError(f"model_config.{key}={value!r} is of the wrong type; expected {kind}")
     if key in _POSITIVE and value < 1:
         raise ModelError(f"model_config.{key}={value} is not positive; give at least 1")
+    if key in _ABOVE_ZERO and not value > 0:
+        raise ModelError(f"model_config.{key}={value} must be above 0")
+    if key == "rotary_percentage" and not 0 <= value <= 1:
+        raise ModelError(f"model_config.{key}={value} must be between 0 and 1")
+
+
+def _has_type(value: Any, annotation: str) -> bool:
+    kind = annotation.removeprefix("<class '").partition("'")[0].partition(" ")[0]
+    types: dict[str, Any] = {"bool": bool, "int": int, "float": int | float, "dict": dict, "str": str}
+    if isinstance(value, bool):  # Python counts it among the whole numbers
+        return kind not in types or kind == "bool"
+    return kind not in types or isinstance(value, types[kind])
 
 
 def check_vocabulary(config: Config, info: DatasetInfo, dataset: str) -> None:

@@ -217,13 +217,16 @@ def build_model(
             f"max_seq_length={max_seq_length} is longer than the context of {config.name or 'the model'}, "
             f"{config.block_size}; use at most that, or raise model_config.block_size"
         )
-    model = PretrainGPT(
-        config,
-        loss=loss,
-        tie_embeddings=tie_embeddings,
-        document_boundary=document_boundary,
-        compile_loss=compile_loss,
-    )
+    try:
+        model = PretrainGPT(
+            config,
+            loss=loss,
+            tie_embeddings=tie_embeddings,
+            document_boundary=document_boundary,
+            compile_loss=compile_loss,
+        )
+    except (ValueError, TypeError, KeyError) as error:  # litgpt looks into nested keys, such as rope_adjustments, here
+        raise ModelError(f"model_config cannot be built: {error}") from error
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
     return model
