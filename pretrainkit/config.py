@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pretrainkit.errors import ConfigError
 
@@ -34,6 +35,19 @@ def _above(key: str, value: float | None, limit: float = 0) -> None:
 def _fraction(key: str, value: float | None) -> None:
     if value is not None:
         _require(0 <= value <= 1, key, value, "must be between 0 and 1")
+
+
+def _carries_secret(source: str) -> bool:
+    """Whether a URL has a password, a token or a signed query in it."""
+    if "://" not in source:
+        return False
+    parts = urlsplit(source)
+    try:
+        _ = parts.port
+    except ValueError:  # a key with a slash in it
+        return True
+    # abfs://CONTAINER@ACCOUNT names no user.
+    return bool(parts.password or parts.query or (parts.username and parts.scheme.startswith("http")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +360,16 @@ class PretrainConfig:
         if (self.dataset_path is None) == (not self.data.sources):
             state = "both are" if self.data.sources else "neither is"
             raise ConfigError(f"give either dataset_path or data.sources; {state} given")
+        if any(_carries_secret(source) for source in self.sources):
+            # The value stays unsaid: it would be in the log for ever.
+            raise ConfigError(
+                "the URL of a dataset carries a password, key or token, which logs and saved configurations would "
+                "show; give it by the environment, as AWS_SECRET_ACCESS_KEY or HF_TOKEN"
+            )
+        if self.out_dir.parts[:1] and self.out_dir.parts[0].endswith(":"):
+            raise ConfigError(
+                f"out_dir={self.out_dir} is a URL; training writes to a folder: give one that every node sees"
+            )
         if self.resume not in (False, "auto") and self.initial_checkpoint_dir is not None:
             raise ConfigError("resume and initial_checkpoint_dir exclude each other; give one of them")
         if self.schedule.decay_from is not None and self.initial_checkpoint_dir is not None:

@@ -18,6 +18,7 @@ from pretrainkit.config import (
     LossConfig,
     OptimizerArgs,
     OptimizerConfig,
+    PretrainConfig,
     ScheduleConfig,
     TrainConfig,
 )
@@ -197,12 +198,34 @@ def test_a_wrong_value_gets_one_line(group, values, message):
         ({"dataset_path": None}, "give either dataset_path or data.sources; neither is given"),
         ({"model_name": None}, "no model: give --model_name"),
         ({"resume": True, "initial_checkpoint_dir": Path("x")}, "exclude each other"),
+        ({"out_dir": Path("s3://bucket/run")}, "out_dir=s3:/bucket/run is a URL; training writes to a folder"),
     ],
 )
 def test_values_that_do_not_go_together_get_one_line_before_anything_starts(values, message, monkeypatch):
     monkeypatch.setattr("pretrainkit.launchers.launch", lambda *_: pytest.fail("was launched"))
     with pytest.raises(ConfigError, match=re.escape(message)):
         pretrain(**{"model_name": "pythia-14m", "dataset_path": "d"} | values)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://KEY:S3CRET@bucket/data",
+        "s3://KEY:S3C/RET@bucket/data",
+        "https://S3CRET@host/data",
+        "https://host/data?token=S3CRET",
+    ],
+)
+def test_a_url_with_a_secret_in_it_is_refused_and_not_repeated(url):
+    for values in ({"dataset_path": url}, {"data": DataConfig(sources={url: 1.0})}):
+        with pytest.raises(ConfigError, match="carries a password, key or token") as caught:
+            PretrainConfig(model_name="pythia-14m", **values)
+        assert "S3C" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/data", "abfs://container@account.host/data", "https://host:8080/data"])
+def test_a_url_without_a_secret_is_taken(url):
+    assert PretrainConfig(model_name="pythia-14m", dataset_path=url).sources == {url: 1.0}
 
 
 @pytest.mark.parametrize(
