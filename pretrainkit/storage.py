@@ -55,6 +55,7 @@ def storage_errors(doing: str) -> Iterator[None]:
         errno.ENOSPC: "the disk is full; free space and run the same command again, finished work is kept",
         errno.EDQUOT: "the disk quota is used up; free space and run the same command again, finished work is kept",
         errno.EROFS: "the file system is read-only; give a folder that can be written",
+        errno.ENOENT: "a folder of this path is gone or cannot be made; give another path",
         errno.EACCES: "no permission; give a folder that can be written",
         errno.EPERM: "no permission; give a folder that can be written",
         errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",

@@ -20,8 +20,9 @@ from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import ConfigError
 from pretrainkit.models import flops_per_token, memory_facts, num_parameters
 from pretrainkit.topology import detect
-from pretrainkit.train.facts import Facts, look_at, new_model
+from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model
 from pretrainkit.train.metrics import peak_flops
+from pretrainkit.train.parallel import num_replicas
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def report(config: PretrainConfig) -> None:
         PretrainKitError: Anything else that would end the run at its start.
     """
     device, world_size = _device(config)
+    check_beginning(config)
     facts = look_at(config, world_size)
     new_model(config, facts, torch.device("cpu"))  # on the meta device; refuses what cannot be built
     memory = plan_memory(config, facts, world_size, device.kind)
@@ -100,7 +102,7 @@ def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Lit
         bytes_per_element=computed,
         tie_embeddings=config.train.tie_embeddings,
     )
-    shards = world_size // (config.compute.replicas or _num_nodes(config))
+    shards = world_size // num_replicas(config, world_size, _num_nodes(config))
     shard = needs.parameters / shards
     if world_size > 1:
         gathered = 2.0 * needs.largest_block_parameters * computed  # the one in use, and the next on its way

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from pretrainkit.config import PretrainConfig
+from pretrainkit.errors import CheckpointError
 from pretrainkit.models import build_model, check_vocabulary, resolve_config
 from pretrainkit.stream import BlockSource, document_boundary, open_sources
 from pretrainkit.train.arithmetic import RunPlan, plan_run
+from pretrainkit.train.checkpoint import TENSORS_FOLDER
 from pretrainkit.train.parallel import parameter_dtype
 from pretrainkit.train.state import TrainState
 
@@ -51,6 +53,19 @@ def look_at(config: PretrainConfig, world_size: int) -> Facts:
             check_vocabulary(model_config, source.info, source.folder)
     plan = _plan(config, TrainState(), sources, block_size, world_size)
     return Facts(model_config=model_config, block_size=block_size, sources=sources, plan=plan)
+
+
+def check_beginning(config: PretrainConfig) -> None:
+    """Look whether there is what a run that begins takes its weights from; one that goes on does not need it any more.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    for folder in (config.initial_checkpoint_dir, config.schedule.decay_from):
+        if folder is not None and not (folder / TENSORS_FOLDER).exists():
+            raise CheckpointError(
+                f"{folder} has no {TENSORS_FOLDER}; give a checkpoint of pretraining or a litgpt folder"
+            )
 
 
 def plan_from(state: TrainState, config: PretrainConfig, facts: Facts) -> RunPlan:

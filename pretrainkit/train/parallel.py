@@ -48,13 +48,14 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
         )
     if not on_gpu and topology.local_world_size > 1:
         torch.set_num_threads(max(1, granted_cpus(os.environ) // topology.local_world_size))
+    replicas = num_replicas(config, topology.world_size, topology.num_nodes)
     precision = config.precision or ("bf16-mixed" if on_gpu else "32-true")
     options: dict[str, Any] = {"accelerator": "gpu" if on_gpu else "cpu", "devices": 1}
     if topology.world_size > 1:
         options |= {
             "devices": topology.local_world_size,
             "num_nodes": topology.num_nodes,
-            "strategy": _sharding_strategy(config, topology, precision),
+            "strategy": _sharding_strategy(config, topology.world_size, replicas, precision),
             "plugins": [TorchElasticEnvironment()],
             # FSDP casts the parameters itself; autocast on top would cast again.
             "precision": "32-true" if precision == "bf16-mixed" else precision,
@@ -68,20 +69,29 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
     return fabric
 
 
-def _sharding_strategy(config: PretrainConfig, topology: Topology, precision: Precision) -> Any:
+def num_replicas(config: PretrainConfig, world_size: int, num_nodes: int) -> int:
+    """Copies of the model, each sharded over world_size / copies ranks.
+
+    Raises:
+        ConfigError: They do not divide the ranks.
+    """
+    replicas = config.compute.replicas or num_nodes
+    if world_size % replicas:
+        divisor = 1 if world_size % num_nodes else num_nodes
+        raise ConfigError(
+            f"compute.replicas={replicas} does not divide the {world_size} ranks; use a divisor, such as {divisor}"
+        )
+    return replicas
+
+
+def _sharding_strategy(config: PretrainConfig, world_size: int, replicas: int, precision: Precision) -> Any:
     from lightning.fabric.strategies import ModelParallelStrategy
 
-    replicas = config.compute.replicas or topology.num_nodes
-    if topology.world_size % replicas:
-        raise ConfigError(
-            f"compute.replicas={replicas} does not divide the {topology.world_size} ranks; use a divisor, such as "
-            f"{topology.num_nodes}"
-        )
     timeout = timedelta(seconds=max(1800.0, 2 * (config.compute.hang_timeout_s or 0)))
     return ModelParallelStrategy(
         functools.partial(_shard, precision=precision, seed=config.seed),
         data_parallel_size=replicas,
-        tensor_parallel_size=topology.world_size // replicas,
+        tensor_parallel_size=world_size // replicas,
         timeout=timeout,
     )
 

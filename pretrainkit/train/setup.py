@@ -30,7 +30,7 @@ from pretrainkit.topology import detect
 from pretrainkit.train import checkpoint as checkpoints
 from pretrainkit.train.arithmetic import RunPlan
 from pretrainkit.train.evaluation import open_validation
-from pretrainkit.train.facts import Facts, look_at, new_model, open_training_sources, plan_from
+from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model, open_training_sources, plan_from
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.initial import load_initial
 from pretrainkit.train.loop import fit
@@ -74,6 +74,8 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     group = cpu_group()
     rank, world_size = fabric.global_rank, fabric.world_size
     start = together(functools.partial(_starting_point, config, group, rank, world_size), group)
+    if start is None:
+        check_beginning(config)
     state = TrainState() if start is None else read_record(start)["state"]
     plan = plan_from(state, config, facts)
     if start is not None and _is_finished(config, start, plan):
@@ -84,6 +86,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     validation = together(
         lambda: open_validation(config, facts, rank=rank, world_size=world_size) if validates else {}, group
     )
+    side_files = SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0)
     model = new_model(config, facts, fabric.device)
     wrapped = set_up_model(fabric, model, config)
     optimizers = build_optimizer(model, config.optimizer)
@@ -95,13 +98,9 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     else:
         load_initial(config, model, snapshots, state, group)
     state.portions = plan.portions
-    side_files = SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0)
+    metrics = together(lambda: _open_folder(config, state, rank), group)
     if rank == 0:
-        settings = config_to_dict(config)
-        write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
-        checkpoints.sweep_unfinished(config.out_dir)
         _introduce(config, facts, plan, fabric)
-    metrics = MetricsWriter(config, config_to_dict(config), state, rank=rank)
     metrics.write(
         "resume" if start else "start", state, world_size=world_size, samples=state.samples, changed=changed or None
     )
@@ -147,6 +146,15 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         watchdog.stop()
         run.checkpoints.wait()
         metrics.close()
+
+
+def _open_folder(config: PretrainConfig, state: TrainState, rank: int) -> MetricsWriter:
+    """Rank 0 leaves the configuration in the run's folder, clears away what was interrupted, and opens the metrics."""
+    settings = config_to_dict(config)
+    if rank == 0:
+        write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
+        checkpoints.sweep_unfinished(config.out_dir)
+    return MetricsWriter(config, settings, state, rank=rank)
 
 
 @contextlib.contextmanager

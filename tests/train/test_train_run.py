@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pretrainkit.config import DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
+from pretrainkit.config import ComputeConfig, DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
 from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
 from pretrainkit.train import checkpoint, loop, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
@@ -458,6 +458,18 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(settings, caplog):
     assert "tiny: 24,736 parameters" in caplog.text
     assert "12 steps = 6,144 tokens" in caplog.text
     assert not arguments["out_dir"].exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_a_run_cannot_begin_with_is_refused_before_there_is_a_model(settings, monkeypatch, dry_run):
+    monkeypatch.setattr("pretrainkit.train.setup.new_model", lambda *_: pytest.fail("was built"))
+    for values, message in (
+        ({"initial_checkpoint_dir": Path("nowhere")}, r"nowhere has no lit_model\.pth"),
+        ({"schedule": ScheduleConfig(name="wsd", decay_from=Path("nowhere"))}, r"nowhere has no lit_model\.pth"),
+        ({"compute": ComputeConfig(replicas=3)}, r"compute\.replicas=3 does not divide the 1 ranks"),
+    ):
+        with pytest.raises((CheckpointError, ConfigError), match=message):
+            pretrain(**settings(dry_run=dry_run, **values))
 
 
 def test_dry_run_refuses_what_cannot_fit_and_names_the_flag(settings):
