@@ -69,8 +69,23 @@ def verify_checkpoint(folder: Path, group: Any = None, rank: int = 0, world_size
         raise CheckpointError(f"{folder}: {line}; take another checkpoint")
 
 
-def newest_whole_checkpoint(out_dir: Path, group: Any = None, rank: int = 0, world_size: int = 1) -> Path | None:
-    """The newest checkpoint of a run that verifies; damaged ones are named and passed over. Call on every rank."""
+def newest_whole_checkpoint(
+    out_dir: Path,
+    group: Any = None,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    which: Callable[[Path], bool] = lambda _: True,
+) -> Path | None:
+    """The newest checkpoint of a run that verifies; damaged ones are named and passed over. Call on every rank.
+
+    Args:
+        out_dir: The run's folder.
+        group: gloo group of all ranks; None with one.
+        rank: This process.
+        world_size: Processes in all.
+        which: Whether a whole checkpoint will do.
+    """
     candidates: list[Path] = gather_objects(complete_checkpoints(out_dir) if rank == 0 else [], group)[0]
     for folder in candidates:
         try:
@@ -79,7 +94,8 @@ def newest_whole_checkpoint(out_dir: Path, group: Any = None, rank: int = 0, wor
             if rank == 0:
                 logger.warning("passed over a damaged checkpoint: %s", error)
             continue
-        return folder
+        if which(folder):
+            return folder
     return None
 
 

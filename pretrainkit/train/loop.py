@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pretrainkit.errors import Interrupted, TrainingError
 from pretrainkit.stream import BlockLoader
-from pretrainkit.train.checkpoint import complete_checkpoints
+from pretrainkit.train.checkpoint import newest_whole_checkpoint
 from pretrainkit.train.evaluation import generate, validate
 from pretrainkit.train.metrics import memory_gb, train_line
 from pretrainkit.train.optimizer import gradient_norm, take_step
@@ -171,8 +171,9 @@ def _rewind(run: Run) -> BlockLoader:
     """Go back to the last good checkpoint, and past the data that did harm."""
     state = run.state
     run.checkpoints.wait()
-    good = [path for path in complete_checkpoints(run.config.out_dir) if not read_record(path)["state"].recent_skips]
-    folder = gather_objects(good[0] if good else None, run.group)[0]
+    folder = newest_whole_checkpoint(
+        run.config.out_dir, run.group, run.fabric.global_rank, run.plan.world_size, which=_is_good
+    )
     reason = f"{state.recent_skips} of the last {run.config.guard.window} steps were skipped at step {state.step}"
     if folder is None:
         raise TrainingError(
@@ -195,6 +196,10 @@ def _rewind(run: Run) -> BlockLoader:
     if run.fabric.is_global_zero:
         logger.warning("%s: back to %s, past the data seen since", reason, folder)
     return run.open_loader(state)
+
+
+def _is_good(folder: Path) -> bool:
+    return not read_record(folder)["state"].recent_skips
 
 
 def _is_last(run: Run) -> bool:
