@@ -12,11 +12,13 @@ import errno
 import fcntl
 import io
 import json
+import logging
 import os
 import re
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from pretrainkit.errors import ConfigError, DatasetError, StorageError
 from pretrainkit.remote import RetryingFile, filesystem, patiently
 
 _CHECKSUM_READ_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 def is_remote(path: str | Path) -> bool:
@@ -177,15 +181,33 @@ def checksum(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _flock(descriptor: int, mode: int, wait: bool | float) -> None:
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, mode if wait is True else mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # as of Lustre mounted without flock
+                raise
+            logger.warning("no locks on this file system (%s): nothing keeps a second job out", error.strerror)
+            return
+        else:
+            return
+
+
 @contextlib.contextmanager
-def folder_lock(folder: str | Path, doing: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: str | Path, doing: str, *, shared: bool = False, wait: bool | float = False) -> Iterator[None]:
     """Hold a local folder; the operating system lets go of it when the process dies, however it dies.
 
     Args:
         folder: Made when missing.
         doing: What the caller does, for the message: "merge", "optimize".
         shared: Let other shared holders in, as the ranks of one job; an exclusive holder still keeps everybody out.
-        wait: Wait for the present holder instead of refusing.
+        wait: Wait for the present holder instead of refusing, or so many seconds before refusing.
 
     Raises:
         StorageError: Another living process holds the folder.
@@ -195,9 +217,8 @@ def folder_lock(folder: str | Path, doing: str, *, shared: bool = False, wait: b
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
-            fcntl.flock(descriptor, mode)
+            _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
             raise StorageError(

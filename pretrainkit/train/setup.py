@@ -24,7 +24,7 @@ import yaml
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError, Interrupted
 from pretrainkit.models import flops_per_token, num_parameters
-from pretrainkit.storage import write_atomic
+from pretrainkit.storage import folder_lock, write_atomic
 from pretrainkit.stream import BlockLoader
 from pretrainkit.topology import detect
 from pretrainkit.train import checkpoint as checkpoints
@@ -37,7 +37,7 @@ from pretrainkit.train.loop import fit
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 from pretrainkit.train.metrics import MetricsWriter, Speed, peak_flops
 from pretrainkit.train.optimizer import build_optimizer
-from pretrainkit.train.parallel import cpu_group, set_up_model, start_fabric, together
+from pretrainkit.train.parallel import cpu_group, gather_objects, set_up_model, start_fabric, together
 from pretrainkit.train.run import Run
 from pretrainkit.train.schedule import plan_course
 from pretrainkit.train.side_files import SideFiles
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 CONFIG_FILENAME = "config.yaml"
 # A scheduler signals one process after the other: the first may be gone before the last one has heard.
 _SIGNAL_GRACE_S = 2.0
+# A process that was killed may take a moment to be gone when its successor is there already.
+_HOLDER_GRACE_S = 5.0
 
 
 def train_process(config: PretrainConfig) -> None:
@@ -64,15 +66,19 @@ def train_process(config: PretrainConfig) -> None:
     facts = look_at(config, topology.world_size)
     fabric = start_fabric(config, topology)
     try:
-        _train(config, facts, fabric, begun)
+        with contextlib.ExitStack() as held:
+            _train(config, facts, fabric, begun, held)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> None:
+def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held: contextlib.ExitStack) -> None:
     group = cpu_group()
     rank, world_size = fabric.global_rank, fabric.world_size
+    is_new = gather_objects(not config.out_dir.is_dir(), group)[0]  # then the folder is made when nothing is wrong
+    if not is_new:
+        together(lambda: _hold_folder(config, rank, held), group)
     start = together(functools.partial(_starting_point, config, group, rank, world_size), group)
     if start is None:
         check_beginning(config)
@@ -98,6 +104,8 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
     else:
         load_initial(config, model, snapshots, state, group)
     state.portions = plan.portions
+    if is_new:
+        together(lambda: _hold_folder(config, rank, held), group)
     metrics = together(lambda: _open_folder(config, state, rank), group)
     if rank == 0:
         _introduce(config, facts, plan, fabric)
@@ -146,6 +154,16 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float) -> N
         watchdog.stop()
         run.checkpoints.wait()
         metrics.close()
+
+
+def _hold_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) -> None:
+    """Let no second run write into the folder, or clear away what this one is about to save.
+
+    Raises:
+        StorageError: Another run is in it, and stays.
+    """
+    if rank == 0:
+        held.enter_context(folder_lock(config.out_dir, "train", wait=_HOLDER_GRACE_S))
 
 
 def _open_folder(config: PretrainConfig, state: TrainState, rank: int) -> MetricsWriter:

@@ -15,6 +15,7 @@ import yaml
 
 from pretrainkit.config import ComputeConfig, DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
 from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
+from pretrainkit.storage import folder_lock
 from pretrainkit.train import checkpoint, loop, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 
@@ -80,7 +81,7 @@ def test_a_run_learns_and_leaves_what_the_design_says(settings, rows):
     assert validation[0]["val_bits_per_byte"] == pytest.approx(validation[0]["val_loss"] / 0.6931472 / 3, rel=1e-5)
 
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.yaml", "final", "metrics.jsonl", "step-00000004", "step-00000008", "step-00000012",
+        ".lock", "config.yaml", "final", "metrics.jsonl", "step-00000004", "step-00000008", "step-00000012",
     ]  # fmt: skip
     files = {path.relative_to(run / "final").as_posix() for path in (run / "final").rglob("*") if path.is_file()}
     assert files == {
@@ -289,6 +290,37 @@ def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10, 11, 12]
     state = json.loads((arguments["out_dir"] / "final" / "state.json").read_text())["state"]
     assert (state["step"], state["data_step"], state["rewinds"]) == (12, 16, 1)
+
+
+def test_a_rewind_passes_over_a_damaged_checkpoint(settings, rows, monkeypatch, caplog):
+    poison(monkeypatch, range(5, 8))
+    arguments = settings(guard=GuardConfig(max_skips=3), train={"save_interval": 2})
+    rewind = loop._rewind
+
+    def after_damage(run):
+        run.checkpoints.wait()
+        tensors = next((arguments["out_dir"] / "step-00000004" / "lit_model.pth").glob("*.distcp"))
+        content = bytearray(tensors.read_bytes())
+        content[len(content) // 2] ^= 1
+        tensors.write_bytes(content)
+        return rewind(run)
+
+    monkeypatch.setattr(loop, "_rewind", after_damage)
+    pretrain(**arguments)
+    assert "passed over a damaged checkpoint" in caplog.text
+    assert [row["path"] for row in rows(arguments["out_dir"], "rewind")] == ["step-00000002"]
+
+
+def test_a_folder_in_which_another_run_trains_is_left_alone(settings, monkeypatch):
+    monkeypatch.setattr("pretrainkit.train.setup._HOLDER_GRACE_S", 0.0)
+    arguments = settings()
+    partial = arguments["out_dir"] / "step-00000004.partial"
+    partial.mkdir(parents=True)
+    with folder_lock(arguments["out_dir"], "train"), pytest.raises(StorageError, match="is in use by another process"):
+        pretrain(**arguments, resume="auto")
+    assert sorted(path.name for path in arguments["out_dir"].iterdir()) == [".lock", partial.name]
+    pretrain(**arguments, resume="auto")
+    assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
 
 
 @pytest.mark.slow
