@@ -32,6 +32,7 @@ class PretrainDataset:
 
     def __init__(self, folder: str | Path, block_size: int, *, boundary: DocumentBoundary | None = None) -> None:
         self.source = BlockSource(folder, block_size)
+        self.source.warn_of_unreachable_tokens()
         if boundary is None and self.source.info is None:
             raise DatasetError(f"{folder} has no metadata.json to say how documents are told apart; give boundary=")
         self.boundary = boundary or DocumentBoundary.of(self.source.info)  # type: ignore[arg-type]

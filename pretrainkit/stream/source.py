@@ -109,6 +109,14 @@ class BlockSource:
         """Tokens at chunk ends that fill no block."""
         return self.num_tokens - self.num_blocks * self.block_tokens
 
+    def warn_of_unreachable_tokens(self) -> None:
+        """Say so when they are more than a hundredth; for one process of a run to call, once."""
+        if self.unreachable_tokens > 0.01 * self.num_tokens:
+            logger.warning(
+                "%s: %.1f %% of its tokens lie at chunk ends that fill no block of %d; merge it with block_size=%d",
+                self.folder, 100 * self.unreachable_tokens / self.num_tokens, self.block_tokens, self.block_tokens,
+            )  # fmt: skip
+
     def views(self, blocks: np.ndarray) -> list[np.ndarray]:
         """The blocks as read-only views of the dataset, each (block_size + 1,) of the type on disk.
 
@@ -162,11 +170,6 @@ class BlockSource:
                 f"{self.folder} holds {self.num_tokens:,} tokens in {len(self.entries):,} chunks of at most "
                 f"{longest:,}: not one block of {self.block_tokens:,} tokens; lower train.max_seq_length or add data"
             )
-        if self.unreachable_tokens > 0.01 * self.num_tokens:
-            logger.warning(
-                "%s: %.1f %% of its tokens lie at chunk ends that fill no block of %d; merge it with block_size=%d",
-                self.folder, 100 * self.unreachable_tokens / self.num_tokens, self.block_tokens, self.block_tokens,
-            )  # fmt: skip
 
 
 class LocalChunks:

@@ -86,6 +86,8 @@ def report(config: PretrainConfig) -> None:
     memory = plan_memory(config, facts, world_size, device.kind)
     for line in _lines(config, facts, device, memory):
         logger.info("%s", line)
+    for source in facts.sources:
+        source.warn_of_unreachable_tokens()
     check_fit(config, memory, device)
 
 

@@ -261,5 +261,7 @@ def _introduce(config: PretrainConfig, facts: Facts, plan: RunPlan, fabric: Any)
         "?" if plan.total_steps is None else f"{plan.total_steps:,}", f"{plan.tokens_per_step:,}",
         config.train.global_batch_size, plan.world_size, plan.accumulation, config.train.micro_batch_size, plan.limit,
     )  # fmt: skip
+    for source in facts.sources:
+        source.warn_of_unreachable_tokens()
     for note in plan.notes:
         logger.warning("%s", note)

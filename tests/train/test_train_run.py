@@ -483,6 +483,14 @@ def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch,
     assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_no_block_holds_is_said_once(settings, caplog, dry_run):
+    arguments = settings(dry_run=dry_run, train={"max_seq_length": 2999, "max_steps": 1, "global_batch_size": 4})
+    arguments["model_config"]["block_size"] = 2999
+    pretrain(**arguments)
+    assert caplog.text.count("10.0 % of its tokens lie at chunk ends that fill no block of 3000") == 1
+
+
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(settings, caplog):
     arguments = settings(dry_run=True)
     with caplog.at_level(logging.INFO):
