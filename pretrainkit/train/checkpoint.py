@@ -8,6 +8,7 @@ unfinished saves of this run, are ever deleted; the last checkpoint is never del
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -191,6 +192,12 @@ class CheckpointWriter:
             write_tensors(tensors, partial / TENSORS_FOLDER, self._group)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
+            # What PyTorch's zip writer says when the system took less than it was given, which a full disk does.
+            if "unexpected pos" in str(reason):
+                reason = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if isinstance(reason, OSError):
+                with storage_errors(f"write {partial}"):
+                    raise reason from error
             raise StorageError(f"{partial} cannot be written: {reason}") from error
 
     def _prepare(self, partial: Path, record: dict[str, Any]) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrainkit.errors import CheckpointError
+from pretrainkit.train.parallel import together
 
 _PLAIN_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -80,11 +82,13 @@ def read_tensors(state: dict[str, Any], folder: Path, group: Any) -> None:
     """Fill nested tensors in place, each rank its own shards, however the folder's were cut.
 
     Raises:
-        CheckpointError: A tensor is missing or has another shape.
+        CheckpointError: A tensor is missing or has another shape, or the records cannot be trusted.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
     _expect_single_process()
+    # DCP would log what is wrong with them as a traceback, and look for other records.
+    together(lambda: PlainReader(folder).read_metadata() if _is_first(group) else None, group)
     try:
         load(state, storage_reader=PlainReader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -92,6 +96,10 @@ def read_tensors(state: dict[str, Any], folder: Path, group: Any) -> None:
         raise CheckpointError(f"{folder} does not fit this model: {_one_line(reason)}") from error
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {_one_line(error)}") from error
+
+
+def _is_first(group: Any) -> bool:
+    return group is None or dist.get_rank(group) == 0
 
 
 def _expect_single_process() -> None:

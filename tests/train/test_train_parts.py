@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrainkit.config import GuardConfig, OptimizerArgs, OptimizerConfig, PretrainConfig
-from pretrainkit.errors import CheckpointError
-from pretrainkit.train.checkpoint import complete_checkpoints, sweep_unfinished, verify_checkpoint
-from pretrainkit.train.dcp import PlainReader
+from pretrainkit.config import CheckpointConfig, GuardConfig, OptimizerArgs, OptimizerConfig, PretrainConfig
+from pretrainkit.errors import CheckpointError, StorageError
+from pretrainkit.train.checkpoint import CheckpointWriter, complete_checkpoints, sweep_unfinished, verify_checkpoint
+from pretrainkit.train.dcp import read_tensors
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.loggers import open_logger
 from pretrainkit.train.manifest import MANIFEST_FILENAME, hash_files, read_manifest, verify_files, write_manifest
@@ -197,7 +197,7 @@ def test_unfinished_saves_are_no_checkpoints_and_are_swept(tmp_path):
     assert names == ["step-00000007", "step-00000009", "step-00000013", "step-mine.partial"]
 
 
-def test_a_checkpoint_runs_no_code(tmp_path):
+def test_a_checkpoint_runs_no_code(tmp_path, caplog):
     import pickle
 
     class Evil:
@@ -206,8 +206,22 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError, match="wants to load posix.mkdir, which no checkpoint needs"):
-        PlainReader(tmp_path).read_metadata()
+        read_tensors({}, tmp_path, None)
     assert not (tmp_path / "ran").exists()
+    assert not caplog.records, "PyTorch logs a traceback"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")])
+def test_a_disk_that_fills_up_under_the_tensors_is_one_line(tmp_path, monkeypatch, error):
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    def full(*_):
+        raise CheckpointException("write", {0: (error, None)})
+
+    monkeypatch.setattr("pretrainkit.train.dcp.write_tensors", full)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), lambda _: None, None, 0)
+    with pytest.raises(StorageError, match="cannot write .*: the disk is full; free space"):
+        writer._write_tensors({}, tmp_path / "step-00000001.partial")
 
 
 # --- metrics and loggers --------------------------------------------------------------------------------------------
