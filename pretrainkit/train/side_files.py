@@ -26,13 +26,15 @@ class SideFiles:
     """The files of one run, found once.
 
     Raises:
-        ConfigError: `tokenizer_dir` is given and holds no files.
+        ConfigError: `tokenizer_dir` is given and holds no files, or the tokenizer does not fit the model.
     """
 
     def __init__(self, config: PretrainConfig, model_config: Any, dataset_folder: str, *, speak: bool) -> None:
         # Source: litgpt/utils.py save_config.
         self._model_config = yaml.dump(dataclasses.asdict(model_config))
         self._files = _tokenizer_files(config.tokenizer_dir, dataset_folder)
+        if config.tokenizer_dir is not None or config.eval.prompts:
+            _check_tokenizer(self.tokenizer, config, model_config.padded_vocab_size)
         if speak and not self._files:
             logger.warning(
                 "%s has no %s folder: checkpoints will have no tokenizer; add --tokenizer_dir",
@@ -49,6 +51,25 @@ class SideFiles:
     def tokenizer(self) -> bytes | None:
         """Content of tokenizer.json, when there is one."""
         return self._files.get("tokenizer.json")
+
+
+def _check_tokenizer(content: bytes | None, config: PretrainConfig, padded_vocab_size: int) -> None:
+    """Refuse now what would end the run at its first sample, or its export: on a GPU an assertion without words."""
+    from tokenizers import Tokenizer
+
+    if content is None:
+        if config.eval.prompts:
+            raise ConfigError("eval.prompts needs a tokenizer.json; give a folder with one by --tokenizer_dir")
+        return
+    try:
+        largest = max(Tokenizer.from_buffer(content).get_vocab().values(), default=0)
+    except ValueError as error:
+        raise ConfigError(f"the run's tokenizer.json cannot be read ({error}); give another --tokenizer_dir") from error
+    if largest >= padded_vocab_size:
+        raise ConfigError(
+            f"the run's tokenizer.json gives ids up to {largest}, but the model has embeddings for "
+            f"{padded_vocab_size}; give the tokenizer that the dataset was made with"
+        )
 
 
 def _tokenizer_files(tokenizer_dir: Path | None, dataset_folder: str) -> dict[str, bytes]:
