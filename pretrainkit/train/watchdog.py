@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,13 @@ class Watchdog:
         self._folder = out_dir / _FOLDER
         self._rank = rank
         self._timeout_s = timeout_s
+        self._signs = 0  # of life so far; every rank gives the same ones, so that the fewest are the least far
         self._step = 0
         self._phase = "starting"
         self._last = time.monotonic()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._watched = 0  # the thread that trains
 
     def start(self) -> None:
         """Begin to watch."""
@@ -47,11 +51,13 @@ class Watchdog:
             path.unlink(missing_ok=True)  # of an earlier process of this run
         if self._timeout_s is not None:
             self.alive(self._step, self._phase)
+            self._watched = threading.get_ident()
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._thread.start()
 
     def alive(self, step: int, phase: str) -> None:
         """A sign of life: what this rank begins to do now."""
+        self._signs += 1
         self._step, self._phase, self._last = step, phase, time.monotonic()
 
     def stop(self) -> None:
@@ -68,7 +74,10 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
-        own = {"rank": self._rank, "step": self._step, "phase": self._phase}
+        own = {
+            "rank": self._rank, "step": self._step, "phase": self._phase, "signs": self._signs,
+            "waits": _waits_for_others(sys._current_frames().get(self._watched)),
+        }  # fmt: skip
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / f"rank-{self._rank:05d}.stack", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
@@ -89,6 +98,15 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
 
-def _progress(report: dict[str, int | str]) -> tuple[int, bool]:
-    """Least far first; among equals, one that computes or communicates waits for one that does something else."""
-    return int(report["step"]), report["phase"] == "computing"
+def _progress(report: dict[str, Any]) -> tuple[int, int, bool]:
+    """Least far first; among equals, those that wait for the others come after the one that does something else."""
+    return report["signs"], report["step"], report["waits"]
+
+
+def _waits_for_others(frame: FrameType | None) -> bool:
+    """Whether a thread is in a collective, or in a backward pass, where collectives leave no frame of their own."""
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in ("torch/distributed/", "torch/autograd/")):
+            return True
+        frame = frame.f_back
+    return False

@@ -420,18 +420,20 @@ def stuck_in_the_data():
     time.sleep(60)
 dog = Watchdog(Path(sys.argv[1]), int(sys.argv[2]), 0.5)
 dog.start()
-dog.alive(int(sys.argv[3]), "waiting for data")
+for _ in range(int(sys.argv[4])):
+    dog.alive(int(sys.argv[3]), "waiting for data")
 stuck_in_the_data()
 """
 
 
-def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
+@pytest.mark.parametrize("places", [((0, 8, 4), (1, 7, 4)), ((0, 7, 4), (1, 7, 3))], ids=["step", "within a step"])
+def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, places):
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", HANGING, str(tmp_path), str(rank), str(step)],
+            [sys.executable, "-c", HANGING, str(tmp_path), *map(str, place)],
             cwd=ROOT, stderr=subprocess.PIPE, text=True,
         )
-        for rank, step in ((0, 8), (1, 7))
+        for place in places
     ]  # fmt: skip
     outputs = [process.communicate(timeout=50)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [75, 75]
