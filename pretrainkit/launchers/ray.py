@@ -39,7 +39,7 @@ def launch(entry: str, config: PretrainConfig) -> None:
 
     Raises:
         ConfigError: Ray is not installed, or the run's folder holds a run that nobody asked to go on with.
-        LaunchError: The cluster has too few nodes or devices, or the run failed too often.
+        LaunchError: There is no cluster, or it has too few nodes or devices, or the run failed too often.
     """
     try:
         import ray
@@ -52,7 +52,13 @@ def launch(entry: str, config: PretrainConfig) -> None:
     config = dataclasses.replace(with_absolute_paths(config), resume="auto")
     if not ray.is_initialized():
         package = Path(pretrainkit.__file__).parent
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), runtime_env={"py_modules": [str(package)]})
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), runtime_env={"py_modules": [str(package)]})
+        except ConnectionError as error:
+            raise LaunchError(
+                f"no Ray cluster can be reached ({error}); start one with `ray start --head` here and `ray start "
+                "--address=HEAD:6379` on the other nodes, or set RAY_ADDRESS"
+            ) from error
     per_node, use_gpu = _workers_per_node(config, ray.nodes())
     scaling = ScalingConfig(
         num_workers=config.num_nodes * per_node,

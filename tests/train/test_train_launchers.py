@@ -13,7 +13,7 @@ import yaml
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import LaunchError
-from pretrainkit.launchers import choose
+from pretrainkit.launchers import choose, launch
 from pretrainkit.launchers.slurm import first_host, torchrun_variables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,18 @@ def test_the_launcher_follows_from_the_flag_and_the_environment(changes, environ
 def test_a_launch_that_cannot_be_is_refused_with_the_way_out(changes, environ, message, tmp_path):
     with pytest.raises(LaunchError, match=message):
         choose(config(**changes), environ, tmp_path / "none")
+
+
+def test_ray_without_a_cluster_is_one_line(monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray")
+
+    def unreachable(**_):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", unreachable)
+    with pytest.raises(LaunchError, match="no Ray cluster can be reached .*; start one with `ray start --head`"):
+        launch("a:b", config(launcher="ray", out_dir=tmp_path))
 
 
 @pytest.mark.parametrize(
