@@ -482,6 +482,13 @@ def test_remote_chunk_of_the_wrong_size_is_named(remote, tmp_path):
         source.blocks([0])
 
 
+def test_remote_chunk_that_is_missing_is_named(remote, tmp_path):
+    fsspec.filesystem("memory").rm("/bucket/data/train/chunk-0-0.bin")
+    source = BlockSource(f"{remote}/train", BLOCK - 1, cache_dir=tmp_path)
+    with pytest.raises(DatasetError, match="chunk-0-0.bin is missing; make the dataset again"):
+        source.blocks([0])
+
+
 def test_cache_smaller_than_its_shuffle_needs_is_refused(remote, tmp_path):
     with pytest.raises(ConfigError, match=r"data.max_cache_bytes=100 is too small .* give it at least 219"):
         BlockSource(f"{remote}/train", BLOCK - 1, cache_dir=tmp_path, max_cache_bytes=100)

@@ -127,7 +127,12 @@ class RemoteSegments:
         chunk = int(np.searchsorted(source.chunk_starts, first, side="right")) - 1
         entry = source.entries[chunk]
         begin = header_bytes(entry.chunk_size) + (first - int(source.chunk_starts[chunk])) * self._block_bytes
-        file = RetryingFile(join(source.folder, entry.filename))
+        try:
+            file = RetryingFile(join(source.folder, entry.filename))
+        except FileNotFoundError as error:
+            raise DatasetError(
+                f"{source.folder}/{entry.filename} is missing; make the dataset again or bring the file back"
+            ) from error
         expected = header_bytes(entry.chunk_size) + entry.dim * source.dtype.itemsize
         if file.size != expected:
             raise DatasetError(
