@@ -59,7 +59,9 @@ def load_weights(model: nn.Module, folder: Path, group: Any) -> None:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is no file of tensors ({type(error).__name__}); it is damaged") from error
-    weights = weights.get("model", weights)
+    weights = weights.get("model", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} holds no tensors by name; give a checkpoint of pretraining or a litgpt folder")
     for name, target in model.state_dict().items():
         if name not in weights or weights[name].shape != target.shape:
             found = f"has shape {tuple(weights[name].shape)} there" if name in weights else "is not in it"

@@ -404,6 +404,13 @@ def test_initial_weights_come_from_a_checkpoint_or_a_litgpt_file(settings, rows,
         pretrain(**settings(initial_checkpoint_dir=folder, out_dir=tmp_path / "refused"))
 
 
+@pytest.mark.parametrize("content", [[1, 2], {"lm_head.weight": 3}])
+def test_a_file_of_something_else_is_no_checkpoint_to_begin_with(settings, tmp_path, content):
+    torch.save(content, tmp_path / "lit_model.pth")
+    with pytest.raises(CheckpointError, match="holds no tensors by name; give a checkpoint"):
+        pretrain(**settings(initial_checkpoint_dir=tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["attention", "mlp", "block"])
 def test_checkpointing_activations_changes_no_bit(settings, rows, tmp_path, what):
