@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from pretrainkit.errors import DatasetError
-from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, parse_index, read_chunk
+from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, header_bytes, parse_index, read_chunk
 from pretrainkit.metadata import METADATA_FILENAME, DatasetInfo
 from pretrainkit.storage import exists, is_remote, join, read_bytes
 
@@ -108,6 +108,24 @@ class BlockSource:
     def unreachable_tokens(self) -> int:
         """Tokens at chunk ends that fill no block."""
         return self.num_tokens - self.num_blocks * self.block_tokens
+
+    def check_files(self) -> None:
+        """Look at the size of every chunk of a local dataset, without opening one; for one process of a run to call.
+
+        Raises:
+            DatasetError: A chunk is missing or cut short, which would end a run when it comes to it.
+        """
+        if is_remote(self.folder):
+            return
+        for entry in self.entries:
+            path = Path(self.folder) / entry.filename
+            expected = header_bytes(entry.chunk_size) + entry.dim * self.dtype.itemsize
+            if not path.is_file():
+                raise DatasetError(f"{path} is missing; make the dataset again or fetch the file")
+            if path.stat().st_size != expected:
+                raise DatasetError(
+                    f"{path} has {path.stat().st_size:,} bytes, its index says {expected:,}; it is damaged"
+                )
 
     def warn_of_unreachable_tokens(self) -> None:
         """Say so when they are more than a hundredth; for one process of a run to call, once."""

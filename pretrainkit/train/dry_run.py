@@ -87,6 +87,7 @@ def report(config: PretrainConfig) -> None:
     for line in _lines(config, facts, device, memory):
         logger.info("%s", line)
     for source in facts.sources:
+        source.check_files()
         source.warn_of_unreachable_tokens()
     check_fit(config, memory, device)
 

@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError, Interrupted
 from pretrainkit.models import flops_per_token, num_parameters
 from pretrainkit.storage import folder_lock, write_atomic
-from pretrainkit.stream import BlockLoader
+from pretrainkit.stream import BlockLoader, ValidationLoader
 from pretrainkit.topology import detect
 from pretrainkit.train import checkpoint as checkpoints
 from pretrainkit.train.arithmetic import RunPlan
@@ -92,6 +92,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
     validation = together(
         lambda: open_validation(config, facts, rank=rank, world_size=world_size) if validates else {}, group
     )
+    together(lambda: _check_files(facts, validation) if rank == 0 else None, group)
     side_files = SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0)
     model = new_model(config, facts, fabric.device)
     wrapped = set_up_model(fabric, model, config)
@@ -154,6 +155,11 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
         watchdog.stop()
         run.checkpoints.wait()
         metrics.close()
+
+
+def _check_files(facts: Facts, validation: Mapping[str, ValidationLoader]) -> None:
+    for source in [*facts.sources, *(loader.source for loader in validation.values())]:
+        source.check_files()
 
 
 def _hold_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) -> None:

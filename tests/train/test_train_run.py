@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from pretrainkit.config import ComputeConfig, DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
-from pretrainkit.errors import CheckpointError, ConfigError, Interrupted, StorageError, TrainingError
+from pretrainkit.errors import CheckpointError, ConfigError, DatasetError, Interrupted, StorageError, TrainingError
 from pretrainkit.storage import folder_lock
 from pretrainkit.train import checkpoint, loop, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
@@ -485,6 +486,20 @@ def test_a_dataset_that_does_not_fit_is_refused(settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("split", "damage"), [("train", "cut"), ("val", "gone")])
+def test_a_chunk_that_a_run_would_only_come_to_later_is_named_at_its_start(settings, dataset, tmp_path, split, damage):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    chunk = data / split / "chunk-0-1.bin"
+    if damage == "cut":
+        os.truncate(chunk, chunk.stat().st_size - 2)
+    else:
+        chunk.unlink()
+    arguments = settings(dataset_path=str(data), eval={"final_validation": True})
+    with pytest.raises(DatasetError, match="chunk-0-1.bin (has .* bytes, its index says|is missing)"):
+        pretrain(**arguments)
+    assert not arguments["out_dir"].exists()
+
+
 def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch, caplog):
     whole = checkpoint.write_manifest
 
