@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TENSORS_FOLDER = "lit_model.pth"
 FINAL_FOLDER = "final"
+CONFIG_FILENAME = "config.yaml"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
@@ -47,6 +48,19 @@ def complete_checkpoints(out_dir: Path) -> list[Path]:
     if (final / MANIFEST_FILENAME).is_file():
         found.insert(0, final)  # sorting keeps the order of equals
     return sorted(found, key=_claimed_step, reverse=True)
+
+
+def foreign_results(out_dir: Path) -> list[str]:
+    """Names in a run folder that a run replaces or removes and that are no whole checkpoint of ours, sorted.
+
+    litgpt, for one, writes `step-00001000` and `final` too, and has the same default folder.
+    """
+    names = [path.name for path in out_dir.glob("step-*") if _STEP_FOLDER.fullmatch(path.name.partition(".")[0])]
+    found = [name for name in (*names, FINAL_FOLDER) if (out_dir / name).is_dir()]
+    foreign = [name for name in found if not (out_dir / name / MANIFEST_FILENAME).is_file()]
+    if foreign == found and (out_dir / CONFIG_FILENAME).is_file():
+        foreign.append(CONFIG_FILENAME)
+    return sorted(foreign)
 
 
 def _claimed_step(folder: Path) -> int:

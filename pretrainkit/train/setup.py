@@ -24,7 +24,7 @@ import yaml
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError, Interrupted
 from pretrainkit.models import flops_per_token, num_parameters
-from pretrainkit.storage import folder_lock, write_atomic
+from pretrainkit.storage import folder_lock, storage_errors, write_atomic
 from pretrainkit.stream import BlockLoader, ValidationLoader
 from pretrainkit.topology import detect
 from pretrainkit.train import checkpoint as checkpoints
@@ -35,7 +35,7 @@ from pretrainkit.train.guard import Guard
 from pretrainkit.train.initial import load_initial
 from pretrainkit.train.loop import fit
 from pretrainkit.train.manifest import MANIFEST_FILENAME
-from pretrainkit.train.metrics import MetricsWriter, Speed, peak_flops
+from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, Speed, peak_flops
 from pretrainkit.train.optimizer import build_optimizer
 from pretrainkit.train.parallel import cpu_group, gather_objects, set_up_model, start_fabric, together
 from pretrainkit.train.run import Run
@@ -48,7 +48,6 @@ from pretrainkit.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILENAME = "config.yaml"
 # A scheduler signals one process after the other: the first may be gone before the last one has heard.
 _SIGNAL_GRACE_S = 2.0
 # A process that was killed may take a moment to be gone when its successor is there already.
@@ -166,9 +165,16 @@ def _hold_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) 
     """Let no second run write into the folder, or clear away what this one is about to save.
 
     Raises:
+        CheckpointError: Another program's results are in it, which ours would replace.
         StorageError: Another run is in it, and stays.
     """
     if rank == 0:
+        foreign = checkpoints.foreign_results(config.out_dir)
+        if foreign and not (config.out_dir / METRICS_FILENAME).exists():  # which our runs begin with
+            raise CheckpointError(
+                f"{config.out_dir} holds {foreign[0]}, which is of no run and would be replaced; give another "
+                "--out_dir, or move it away"
+            )
         held.enter_context(folder_lock(config.out_dir, "train", wait=_HOLDER_GRACE_S))
 
 
@@ -176,7 +182,9 @@ def _open_folder(config: PretrainConfig, state: TrainState, rank: int) -> Metric
     """Rank 0 leaves the configuration in the run's folder, clears away what was interrupted, and opens the metrics."""
     settings = config_to_dict(config)
     if rank == 0:
-        write_atomic(config.out_dir / CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
+        with storage_errors(f"write {config.out_dir / METRICS_FILENAME}"):
+            (config.out_dir / METRICS_FILENAME).touch()  # first: it shows whose folder this is
+        write_atomic(config.out_dir / checkpoints.CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
         checkpoints.sweep_unfinished(config.out_dir)
     return MetricsWriter(config, settings, state, rank=rank)
 

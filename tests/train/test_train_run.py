@@ -317,11 +317,33 @@ def test_a_folder_in_which_another_run_trains_is_left_alone(settings, monkeypatc
     arguments = settings()
     partial = arguments["out_dir"] / "step-00000004.partial"
     partial.mkdir(parents=True)
+    (arguments["out_dir"] / "metrics.jsonl").touch()
     with folder_lock(arguments["out_dir"], "train"), pytest.raises(StorageError, match="is in use by another process"):
         pretrain(**arguments, resume="auto")
-    assert sorted(path.name for path in arguments["out_dir"].iterdir()) == [".lock", partial.name]
+    assert sorted(path.name for path in arguments["out_dir"].iterdir()) == [".lock", "metrics.jsonl", partial.name]
     pretrain(**arguments, resume="auto")
     assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
+
+
+@pytest.mark.parametrize("name", ["final/lit_model.pth", "step-00000004/lit_model.pth", "config.yaml"])
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_what_another_program_left_in_the_folder_is_not_replaced(settings, name, resume):
+    arguments = settings(resume=resume)
+    theirs = arguments["out_dir"] / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("litgpt's")
+    with pytest.raises(CheckpointError, match=f"holds {Path(name).parts[0]}, which is of no run"):
+        pretrain(**arguments)
+    assert [path for path in arguments["out_dir"].rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_text() == "litgpt's"
+
+
+def test_a_checkpoint_brought_into_a_new_folder_goes_on(settings, tmp_path):
+    pretrain(**settings(out_dir=tmp_path / "first"))
+    shutil.copytree(tmp_path / "first" / "step-00000008", tmp_path / "moved" / "step-00000008")
+    shutil.copy(tmp_path / "first" / "config.yaml", tmp_path / "moved")
+    pretrain(**settings(out_dir=tmp_path / "moved", resume=True))
+    assert weights(tmp_path / "moved" / "final").keys() == weights(tmp_path / "first" / "final").keys()
 
 
 @pytest.mark.slow
