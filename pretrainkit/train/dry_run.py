@@ -23,6 +23,7 @@ from pretrainkit.topology import detect
 from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model
 from pretrainkit.train.metrics import peak_flops
 from pretrainkit.train.parallel import num_replicas
+from pretrainkit.train.side_files import SideFiles
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def report(config: PretrainConfig) -> None:
     device, world_size = _device(config)
     check_beginning(config)
     facts = look_at(config, world_size)
+    SideFiles(config, facts.model_config, facts.sources[0].folder, speak=True)
     new_model(config, facts, torch.device("cpu"))  # on the meta device; refuses what cannot be built
     memory = plan_memory(config, facts, world_size, device.kind)
     for line in _lines(config, facts, device, memory):

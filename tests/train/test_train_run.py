@@ -469,16 +469,17 @@ def test_samples_and_csv(settings, rows, caplog):
     assert any(line.startswith("12,loss,") for line in lines)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused_before_training(settings, tokenizer_dir, tmp_path):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_training(settings, tokenizer_dir, tmp_path, dry_run):
     # The dataset's text has ids below 64, the tokenizer beside it up to 511.
     for values in ({"eval": {"prompts": ["The quick"]}}, {"tokenizer_dir": tokenizer_dir}):
         with pytest.raises(ConfigError, match="gives ids up to 511, but the model has embeddings for 64"):
-            pretrain(**settings(**values))
+            pretrain(**settings(dry_run=dry_run, **values))
     (tmp_path / "tokenizer").mkdir()
     for name, message in (("tokenizer.model", "needs a tokenizer.json"), ("tokenizer.json", "cannot be read")):
         (tmp_path / "tokenizer" / name).write_text("{")
         with pytest.raises(ConfigError, match=message):
-            pretrain(**settings(tokenizer_dir=tmp_path / "tokenizer", eval={"prompts": ["The quick"]}))
+            pretrain(**settings(dry_run=dry_run, tokenizer_dir=tmp_path / "tokenizer", eval={"prompts": ["The quick"]}))
 
 
 @pytest.mark.slow
