@@ -1,4 +1,4 @@
-"""Files, local or remote: listing, atomic writes, checksums, locks.
+"""Files, local or remote: listing, atomic writes, checksums.
 
 Comes in: a local path or a URL (`s3://`, `gs://`, `hf://`, anything fsspec knows). Guarantees: listings are sorted; a
 reader sees a file whole or not at all; what a power cut can take back is never reported as done (file and folder are
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import logging
@@ -18,7 +17,6 @@ import re
 import socket
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +57,6 @@ def storage_errors(doing: str) -> Iterator[None]:
         errno.ENOSPC: "the disk is full; free space and run the same command again, finished work is kept",
         errno.EDQUOT: "the disk quota is used up; free space and run the same command again, finished work is kept",
         errno.EROFS: "the file system is read-only; give a folder that can be written",
-        errno.ENOENT: "a folder of this path is gone or cannot be made; give another path",
         errno.EACCES: "no permission; give a folder that can be written",
         errno.EPERM: "no permission; give a folder that can be written",
         errno.ENOTDIR: "a part of the path is a file, not a folder; give another path",
@@ -179,61 +176,6 @@ def checksum(path: str | Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def _flock(descriptor: int, mode: int, wait: bool | float) -> None:
-    until = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(descriptor, mode if wait is True else mode | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # as of Lustre mounted without flock
-                raise
-            logger.warning("no locks on this file system (%s): nothing keeps a second job out", error.strerror)
-            return
-        else:
-            return
-
-
-@contextlib.contextmanager
-def folder_lock(folder: str | Path, doing: str, *, shared: bool = False, wait: bool | float = False) -> Iterator[None]:
-    """Hold a local folder; the operating system lets go of it when the process dies, however it dies.
-
-    Args:
-        folder: Made when missing.
-        doing: What the caller does, for the message: "merge", "optimize".
-        shared: Let other shared holders in, as the ranks of one job; an exclusive holder still keeps everybody out.
-        wait: Wait for the present holder instead of refusing, or so many seconds before refusing.
-
-    Raises:
-        StorageError: Another living process holds the folder.
-    """
-    folder = Path(folder)
-    with storage_errors(f"write {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
-            raise StorageError(
-                f"{folder} is in use by another process ({holder}); wait for it or {doing} into another folder"
-            ) from error
-        with contextlib.suppress(OSError):  # who holds it is a courtesy: on a full disk it is left out
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        try:
-            yield
-        finally:
-            if not shared:  # a finished folder holds the same bytes whoever made it
-                os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
 def join(base: str | Path, *parts: str) -> str:

@@ -19,7 +19,7 @@ LAYERS = [
     ["_version"],
     ["errors"],
     ["config"],
-    ["arrow", "deferred", "direct", "memory", "registry", "remote", "signals", "storage", "topology"],
+    ["arrow", "deferred", "direct", "locks", "memory", "registry", "remote", "signals", "storage", "topology"],
     ["arguments", "metadata", "records", "statistics"],
     ["verify", "formats"],
     ["documents", "tokenizers", "models", "launchers", "plan"],

@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from pretrainkit.errors import Interrupted, StorageError
+from pretrainkit.locks import folder_lock
 from pretrainkit.merge import merge_datasets
 from pretrainkit.optimize import optimize_dataset
-from pretrainkit.storage import folder_lock, process_mark, write_atomic
+from pretrainkit.storage import process_mark, write_atomic
 from tests.chaos.oracle import check_visible, differences, tree
 from tests.conftest import make_texts, write_parquet
 

@@ -653,7 +653,7 @@ def test_source_and_target_in_each_other_are_refused(source):
 
 
 def test_target_in_use_is_refused(source, tmp_path):
-    from pretrainkit.storage import folder_lock
+    from pretrainkit.locks import folder_lock
 
     with folder_lock(tmp_path / "t", "merge"), pytest.raises(StorageError, match="in use by another process"):
         merge_datasets(source, tmp_path / "t")

@@ -230,7 +230,7 @@ def test_an_output_that_holds_other_data_is_left_alone(parquet_dir, tokenizer_di
 
 
 def test_a_second_driver_on_one_output_is_refused(parquet_dir, tokenizer_dir, tmp_path):
-    from pretrainkit.storage import folder_lock
+    from pretrainkit.locks import folder_lock
 
     with folder_lock(tmp_path / "out", "optimize"), pytest.raises(StorageError, match="is in use by another process"):
         run(parquet_dir, tokenizer_dir, tmp_path / "out")

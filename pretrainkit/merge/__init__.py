@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrainkit.errors import DatasetError, StorageError
+from pretrainkit.locks import folder_lock
 from pretrainkit.merge.describe import describe
 from pretrainkit.merge.layout import Output
 from pretrainkit.merge.parallel import in_threads
@@ -25,7 +26,7 @@ from pretrainkit.merge.work import Work, prepare
 from pretrainkit.metadata import DatasetInfo
 from pretrainkit.signals import interruptible
 from pretrainkit.statistics import counted
-from pretrainkit.storage import folder_lock, given_path, is_remote
+from pretrainkit.storage import given_path, is_remote
 from pretrainkit.verify import VerifyLevel
 
 logger = logging.getLogger(__name__)

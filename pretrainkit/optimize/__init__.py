@@ -18,13 +18,14 @@ from pathlib import Path
 from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import ConfigError, StorageError
 from pretrainkit.executors import EXECUTORS, Executor
+from pretrainkit.locks import folder_lock
 from pretrainkit.metadata import Boundary
 from pretrainkit.optimize.inputs import Inputs, find_inputs
 from pretrainkit.optimize.job import Optimization, OptimizeSummary, plan_on_disk, refuse_other_plan
 from pretrainkit.optimize.sampling import sample_texts
 from pretrainkit.plan import PLAN_FILENAME, Plan, PlanSettings, make_plan
 from pretrainkit.signals import interruptible
-from pretrainkit.storage import folder_lock, given_path, is_remote
+from pretrainkit.storage import given_path, is_remote
 from pretrainkit.tokenizers import AUTO, ENGINES
 from pretrainkit.tokenizers.auto import FAST_ENGINE, choose_engine, reference_engine
 from pretrainkit.tokenizers.folder import choose_boundary, choose_dtype, read_tokenizer

@@ -20,12 +20,13 @@ from typing import Any
 from pretrainkit.documents import OnBadInput
 from pretrainkit.errors import DatasetError, InputError, StorageError
 from pretrainkit.executors import Executor
+from pretrainkit.locks import folder_lock
 from pretrainkit.optimize.inputs import Inputs
 from pretrainkit.plan import PLAN_FILENAME, Plan, differences
 from pretrainkit.progress import Progress, in_words
 from pretrainkit.records import Failure, UnitRecord, add_counts
 from pretrainkit.statistics import counted
-from pretrainkit.storage import exists, folder_lock, is_remote, join, read_bytes, remove, storage_errors, write_atomic
+from pretrainkit.storage import exists, is_remote, join, read_bytes, remove, storage_errors, write_atomic
 from pretrainkit.tokenizers.auto import EngineDisprovedError, reference_engine
 from pretrainkit.tokenizers.folder import copy_tokenizer, special_ids
 from pretrainkit.units.nodes import discard_records, finish_node, finished_units, node_folders, sweep

@@ -21,8 +21,9 @@ import numpy as np
 
 from pretrainkit.errors import ConfigError, DatasetError, PretrainKitError
 from pretrainkit.formats.litdata import header_bytes
+from pretrainkit.locks import folder_lock
 from pretrainkit.remote import RetryingFile
-from pretrainkit.storage import folder_lock, join, storage_errors
+from pretrainkit.storage import join, storage_errors
 from pretrainkit.stream.order import WINDOW_SEGMENTS
 from pretrainkit.stream.source import OpenParts
 

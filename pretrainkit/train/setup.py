@@ -23,8 +23,9 @@ import yaml
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError, Interrupted
+from pretrainkit.locks import folder_lock
 from pretrainkit.models import flops_per_token, num_parameters
-from pretrainkit.storage import folder_lock, storage_errors, write_atomic
+from pretrainkit.storage import storage_errors, write_atomic
 from pretrainkit.stream import BlockLoader, ValidationLoader
 from pretrainkit.topology import detect
 from pretrainkit.train import checkpoint as checkpoints

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from pretrainkit.errors import DatasetError
 from pretrainkit.formats.litdata import INDEX_FILENAME, ChunkEntry, write_index
+from pretrainkit.locks import folder_lock
 from pretrainkit.metadata import METADATA_FILENAME, TOKENIZER_FOLDER, DatasetInfo
 from pretrainkit.plan import Plan
 from pretrainkit.records import RECORDS_FOLDER, SPLITS, UnitRecord, add_counts, record_name
 from pretrainkit.remote import filesystem
 from pretrainkit.storage import (
-    folder_lock,
     fsync_folder,
     is_remote,
     join,

@@ -16,7 +16,7 @@ import yaml
 
 from pretrainkit.config import ComputeConfig, DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
 from pretrainkit.errors import CheckpointError, ConfigError, DatasetError, Interrupted, StorageError, TrainingError
-from pretrainkit.storage import folder_lock
+from pretrainkit.locks import folder_lock
 from pretrainkit.train import checkpoint, loop, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 
