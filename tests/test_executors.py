@@ -290,3 +290,18 @@ def test_ray_leaves_sigterm_to_the_job(monkeypatch):
     ours = signal.getsignal(signal.SIGTERM)
     executor.RayExecutor(None, "somewhere").run(None, [0], print)
     assert seen == [ours] == [signal.getsignal(signal.SIGTERM)]
+
+
+TELL_NOBODY = """
+import socket
+from multiprocessing.connection import Connection
+from pretrainkit.executors.worker import _tell
+ours, theirs = socket.socketpair()
+theirs.close()
+_tell(Connection(ours.detach()), OSError("a full disk"))
+"""
+
+
+def test_a_worker_whose_driver_has_ended_says_nothing():
+    done = subprocess.run([sys.executable, "-c", TELL_NOBODY], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")

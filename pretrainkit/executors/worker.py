@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
+from typing import Any
 
 from pretrainkit.errors import PretrainKitError
 from pretrainkit.units.runner import UnitRunner, preload
@@ -30,17 +31,23 @@ def main(descriptor: int) -> None:
         job, node = connection.recv()
         runner = UnitRunner(job, node, engines)
         del engines  # one that the job does not use goes
-        connection.send(None)  # ready
+        _tell(connection, None)  # ready
         while True:
             # Units until a None, which asks for what is still in hand.
             for result in runner.run_all(iter(connection.recv, None)):
-                connection.send(result)
+                _tell(connection, result)
     except EOFError:
         return
-    except PretrainKitError as error:
-        connection.send(error)
-    except OSError as error:
-        connection.send(error)
+    except (PretrainKitError, OSError) as error:
+        _tell(connection, error)
+
+
+def _tell(connection: Connection, message: Any) -> None:
+    """Send to the driver; when it is ending, to whom would an error be told?"""
+    try:
+        connection.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(1)
 
 
 def _die_with_driver(descriptor: int) -> None:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,6 @@ class UnitRunner:
         self._reference = (preloaded.get(reference) or load_engine(reference, tokenizer_dir)) if checks else None
         return_free_memory()
         self._files = DirectWriter()
-        # One thread writes, syncs and publishes, in order, while this one reads and encodes.
-        self._publisher = ThreadPoolExecutor(1)
         self._boundaries = Boundaries(
             settings.boundary,
             self.plan.tokenizer,
@@ -104,7 +102,8 @@ class UnitRunner:
         Raises:
             StorageError: The output cannot be written.
         """
-        return self._publisher.submit(self._encode(index)).result()
+        (result,) = self.run_all([index])
+        return result
 
     def run_all(self, units: Iterable[int]) -> Iterator[UnitResult]:
         """Do units in turn; each is written, synced and published while the next one is encoded.
@@ -113,25 +112,23 @@ class UnitRunner:
             StorageError: The output cannot be written.
         """
         publishing: collections.deque[Future[UnitResult]] = collections.deque()
-        try:
+        with ThreadPoolExecutor(1) as publisher:  # writes, syncs and publishes, in order
             for index in units:
-                publishing.append(self._publisher.submit(self._encode(index)))
+                publishing.append(publisher.submit(self._encode(index, publisher)))
                 if len(publishing) > 1:  # what was encoded before is in memory until then
                     yield publishing.popleft().result()
             while publishing:
                 yield publishing.popleft().result()
-        finally:
-            wait(publishing)
 
-    def _encode(self, index: int) -> Callable[[], UnitResult]:
+    def _encode(self, index: int, publisher: Executor) -> Callable[[], UnitResult]:
         """Read and encode one unit; what is left to do, in the publishing thread, is to call the result."""
         unit = self.plan.units[index]
         stage = Stage(self._job.output_dir, self._node, index)
-        writers = {split: self._writer(stage, unit, split) for split in self.plan.splits}
+        writers = {split: self._writer(stage, unit, split, publisher) for split in self.plan.splits}
         progress = _Progress()
         with contextlib.ExitStack() as unless_encoded:
             # In the thread that writes there, after what it was given to write before.
-            unless_encoded.callback(lambda: self._publisher.submit(stage.remove).result())
+            unless_encoded.callback(lambda: publisher.submit(stage.remove).result())
             try:
                 with storage_errors(f"write {self._job.output_dir}"):
                     for batch in self._batches(unit):
@@ -140,7 +137,7 @@ class UnitRunner:
                         writer.close()
             except UntrustedShardError as error:
                 self._untrusted[unit.split, error.shard] = str(error)
-                return self._encode(index)  # anew, without it
+                return self._encode(index, publisher)  # anew, without it
             except EngineDisprovedError as error:
                 disproved = UnitResult(unit=index, committed=False, disproved=str(error))
                 return lambda: disproved
@@ -150,11 +147,11 @@ class UnitRunner:
             unless_encoded.pop_all()
         return functools.partial(self._publish, stage, unit, writers, progress)
 
-    def _writer(self, stage: Stage, unit: Unit, split: str) -> ChunkWriter:
+    def _writer(self, stage: Stage, unit: Unit, split: str, publisher: Executor) -> ChunkWriter:
         return ChunkWriter(
             stage,
             self._files,
-            self._publisher,
+            publisher,
             unit=unit.index,
             split=split,
             dtype=self.plan.token_dtype,
