@@ -29,6 +29,7 @@ def run_and_stop(monkeypatch, step: int, arguments: dict) -> None:
             pretrain(**arguments)
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_with_the_next_block_and_ends_at_the_same_token(
     settings, rows, monkeypatch, tmp_path, caplog
 ):

@@ -170,6 +170,7 @@ def test_stopping_and_going_on_gives_the_same_bits(settings, rows, monkeypatch, 
     assert_equal_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
 
 
+@pytest.mark.slow
 def test_resume_passes_over_a_damaged_checkpoint_and_says_so(settings, rows, monkeypatch, tmp_path, caplog):
     whole = settings(out_dir=tmp_path / "whole")
     pretrain(**whole)
@@ -293,6 +294,7 @@ def test_many_bad_steps_rewind_to_the_last_good_checkpoint_and_past_the_bad_data
     assert (state["step"], state["data_step"], state["rewinds"]) == (12, 16, 1)
 
 
+@pytest.mark.slow
 def test_a_rewind_passes_over_a_damaged_checkpoint(settings, rows, monkeypatch, caplog):
     poison(monkeypatch, range(5, 8))
     arguments = settings(guard=GuardConfig(max_skips=3), train={"save_interval": 2})
@@ -338,6 +340,7 @@ def test_what_another_program_left_in_the_folder_is_not_replaced(settings, name,
     assert theirs.read_text() == "litgpt's"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brought_into_a_new_folder_goes_on(settings, tmp_path):
     pretrain(**settings(out_dir=tmp_path / "first"))
     shutil.copytree(tmp_path / "first" / "step-00000008", tmp_path / "moved" / "step-00000008")
