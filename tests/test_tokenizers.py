@@ -135,6 +135,16 @@ def test_the_cache_of_gigatoken_is_bounded(tokenizer_dir, monkeypatch):
     assert engine._backend is not backend
 
 
+def test_gigatoken_refuses_what_it_would_get_wrong_also_when_it_is_asked_for_by_name(tokenizer_dir, tmp_path):
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "single")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    alone = {**content["added_tokens"][0], "id": 512, "content": "fox", "special": False, "single_word": True}
+    content["added_tokens"].append(alone)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="'fox' is single_word.*use engine=tokenizers"):
+        load_engine("gigatoken", folder)
+
+
 def test_a_truncation_saved_in_tokenizer_json_cuts_nothing(tokenizer_dir, tmp_path):
     folder = shutil.copytree(tokenizer_dir, tmp_path / "truncating")
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -121,7 +121,8 @@ class GigatokenEngine:
 
     def _unsupported(self, error: Exception) -> TokenizerError:
         reason = " ".join(str(error).split())
-        return TokenizerError(f"gigatoken does not support {self._path} ({reason}); use engine=tokenizers")
+        other = "tokenizers" if self._path.suffix == ".json" else "sentencepiece"
+        return TokenizerError(f"gigatoken does not support {self._path} ({reason}); use engine={other}")
 
     def encode(self, documents: Any) -> EncodedDocuments:
         """See `Engine.encode`."""
@@ -177,6 +178,9 @@ def _definition(path: Path) -> tuple[str, bool]:
     before, added, after = split_added_tokens(path)
     # Text is text: a token that is not registered cannot be found in a document.
     registered = [token for token in added if not token.get("special")]
+    for token in registered:
+        if token.get("single_word"):
+            raise ValueError(f"the added token {token['content']!r} is single_word, which it would find within words")
     return before + json.dumps(registered) + with_used_merges(after), bool(registered)
 
 
