@@ -220,7 +220,7 @@ def test_a_unit_that_kills_its_worker_three_times_is_named(input_dir, tokenizer_
         "if 'pretrainkit.executors.worker' in ' '.join(sys.orig_argv):\n"
         "    import pretrainkit.units.runner as unit\n"
         "    encode = unit.UnitRunner._encode\n"
-        "    unit.UnitRunner._encode = lambda self, index: os._exit(9) if index == 1 else encode(self, index)\n"
+        "    unit.UnitRunner._encode = lambda self, index, *_: os._exit(9) if index == 1 else encode(self, index, *_)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     with pytest.raises(LaunchError, match=r"3 workers died on unit 1 \(exit code 9\)"):
