@@ -19,7 +19,6 @@ from pretrainkit.errors import TokenizerError
 from pretrainkit.memory import resident_bytes, return_free_memory
 from pretrainkit.tokenizers import EncodedDocuments
 from pretrainkit.tokenizers.folder import split_added_tokens, tokenizer_file
-from pretrainkit.tokenizers.merges import with_used_merges
 from pretrainkit.tokenizers.pieces import encode_in_pieces
 
 # The engine keeps every distinct word for ever: entries of 32 bytes in a table that doubles when it is 3/4 full, the
@@ -181,7 +180,7 @@ def _definition(path: Path) -> tuple[str, bool]:
     for token in registered:
         if token.get("single_word"):
             raise ValueError(f"the added token {token['content']!r} is single_word, which it would find within words")
-    return before + json.dumps(registered) + with_used_merges(after), bool(registered)
+    return before + json.dumps(registered) + after, bool(registered)
 
 
 def _converted(path: Path) -> tuple[str, bool]:
