@@ -176,8 +176,12 @@ def test_a_validation_file_that_is_also_trained_on_is_refused(parquet_dir, token
     (tmp_path / "links").mkdir()
     (tmp_path / "links/v.parquet").symlink_to(parquet_dir / "a.parquet")
     for val_dir in (".", parquet_dir, tmp_path / "links"):
-        with pytest.raises(InputError, match=r"a\.parquet is both in input_dir and in val_dir"):
+        with pytest.raises(InputError, match=r"a\.parquet would be in both splits"):
             run(".", tokenizer_dir, tmp_path / "out", val_dir=val_dir)
+    write_parquet(tmp_path / "in" / "a.parquet", make_texts(3))
+    (tmp_path / "in" / "val-a.parquet").symlink_to("a.parquet")
+    with pytest.raises(InputError, match=r"in/a\.parquet would be in both splits"):
+        run(tmp_path / "in", tokenizer_dir, tmp_path / "out", val_glob="val-*")
 
 
 def test_finished_work_is_not_done_again(parquet_dir, tokenizer_dir, tmp_path):

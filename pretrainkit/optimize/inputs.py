@@ -1,7 +1,8 @@
 """Which files are read: below a folder or URL, or a dataset of the Hugging Face hub; training and validation.
 
 Comes in: what the user gave. Goes out: (split, file) of every shard in the order of the dataset, and the folder each
-split's names are relative to. Guarantee: sorted, so that the order is the same on every machine; no file stands twice.
+split's names are relative to. Guarantee: sorted, so that the order is the same on every machine; no file is in
+both splits.
 """
 
 from __future__ import annotations
@@ -61,9 +62,11 @@ def find_inputs(
             raise InputError(f"val_glob={val_glob!r} matches {len(val)} of {len(files)} files; each split needs some")
     if val_dir is not None:
         val, val_root = _shards(str(val_dir), "val_dir"), str(val_dir)
-        twice = {_identity(file) for file in train} & {_identity(file) for file in val}
-        if twice:
-            raise InputError(f"{min(twice)} is both in input_dir and in val_dir; move it, or use --val_glob")
+    twice = {_identity(file) for file in train} & {_identity(file) for file in val} if val else set()
+    if twice:
+        raise InputError(
+            f"{min(twice)} would be in both splits; move it, or choose the validation files with --val_glob"
+        )
     return Inputs(
         files=tuple([("train", file) for file in train] + [("val", file) for file in val]),
         roots={"train": root, "val": val_root},
