@@ -11,7 +11,6 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import os
 import re
 import socket
@@ -26,8 +25,6 @@ from pretrainkit.errors import ConfigError, DatasetError, StorageError
 from pretrainkit.remote import RetryingFile, filesystem, patiently
 
 _CHECKSUM_READ_BYTES = 1 << 20
-
-logger = logging.getLogger(__name__)
 
 
 def is_remote(path: str | Path) -> bool:

@@ -123,6 +123,14 @@ def test_an_engine_reads_slices_and_both_widths(name, tokenizer_dir):
         assert got.offsets.tolist() == expected.offsets.tolist()
 
 
+@pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_no_document_and_empty_ones_have_no_ids(name, texts, tokenizer_dir):
+    encoded = load_engine(name, tokenizer_dir).encode(pa.array(texts, pa.string()))
+    assert encoded.ids.tolist() == []
+    assert encoded.offsets.tolist() == [0] * (len(texts) + 1)
+
+
 def test_the_cache_of_gigatoken_is_bounded(tokenizer_dir, monkeypatch):
     from pretrainkit.tokenizers import gigatoken
 

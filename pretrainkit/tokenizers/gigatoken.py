@@ -128,15 +128,16 @@ class GigatokenEngine:
         offsets, characters = string_buffers(documents)
         lengths = np.diff(offsets)
         is_long = (lengths > _LONG_DOCUMENT_BYTES) & self._can_cut
+        if not is_long.any():
+            return _with_offsets(*self._encode(_Documents(characters, lengths)))
         edges = sorted({0, len(lengths), *np.flatnonzero(is_long), *(np.flatnonzero(is_long) + 1)})
         encoded = []
         for first, last in itertools.pairwise(edges):  # a long document, or as many others as follow each other
             part = _Documents(characters[offsets[first] : offsets[last]], lengths[first:last])
             encoded.append(self._encode_long(part) if is_long[first] else self._encode(part))
-        ids, counts = encoded[0] if len(encoded) == 1 else map(np.concatenate, zip(*encoded, strict=True))
-        ends = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(counts, out=ends[1:])
-        return EncodedDocuments(ids, ends)
+        if len(encoded) == 1:  # one document, whose ids need no second copy
+            return _with_offsets(*encoded[0])
+        return _with_offsets(*map(np.concatenate, zip(*encoded, strict=True)))
 
     def _encode_long(self, document: _Documents) -> tuple[_Ids, _Lengths]:
         """`_encode` of one document that is cut into pieces."""
@@ -170,6 +171,12 @@ class GigatokenEngine:
             resident = self._resident_at_load
         self._text_since_load += text_bytes
         return resident
+
+
+def _with_offsets(ids: _Ids, counts: _Lengths) -> EncodedDocuments:
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return EncodedDocuments(ids, offsets)
 
 
 def _definition(path: Path) -> tuple[str, bool]:
