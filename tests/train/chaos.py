@@ -13,7 +13,6 @@ attempts gets SIGTERM instead, and must end with its code.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -62,17 +61,17 @@ def configure(data: Path, out_dir: Path) -> PretrainConfig:
     )
 
 
-def start(config: PretrainConfig, world_size: int, log: Path) -> list[int]:
-    """Fork the processes of one attempt; their process ids."""
+def start(config: PretrainConfig, world_size: int, log: Path) -> dict[int, int | None]:
+    """Fork the processes of one attempt: process id -> exit code, None while it runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = []
+    children: dict[int, int | None] = {}
     for rank in range(world_size):
         child = os.fork()
         if child == 0:
             _be_rank(config, rank, world_size, port, log)
-        children.append(child)
+        children[child] = None
     return children
 
 
@@ -111,28 +110,29 @@ def _be_rank(config: PretrainConfig, rank: int, world_size: int, port: int, log:
         os._exit(code)
 
 
-def wait_for(children: list[int], seconds: float) -> list[int] | None:
+def wait_for(children: dict[int, int | None], seconds: float) -> list[int] | None:
     """Exit codes (negative: the signal) of all children, or None when one still runs after that time."""
     until = time.monotonic() + seconds
-    codes: dict[int, int] = {}
-    while len(codes) < len(children):
-        for child in children:
-            if child not in codes:
-                pid, status = os.waitpid(child, os.WNOHANG)
-                if pid:
-                    codes[child] = os.waitstatus_to_exitcode(status)
-        if len(codes) < len(children):
-            if time.monotonic() > until:
-                return None
-            time.sleep(0.01)
-    return [codes[child] for child in children]
+    while True:
+        for child in _running(children):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                children[child] = os.waitstatus_to_exitcode(status)
+        if not _running(children):
+            return [code for code in children.values() if code is not None]
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.01)
 
 
-def stop(children: list[int], number: int) -> None:
+def stop(children: dict[int, int | None], number: int) -> None:
     """Send a signal to those that still run."""
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
+    for child in _running(children):
+        os.kill(child, number)
+
+
+def _running(children: dict[int, int | None]) -> list[int]:
+    return [child for child, code in children.items() if code is None]
 
 
 def digests(run: Path) -> dict[int, str]:
