@@ -1,4 +1,4 @@
-"""The memory of a worker process: how much it has, what it keeps, what it gives back."""
+"""The memory of a worker or a training process: how much it has, what it keeps, what it gives back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 # Source: mallopt(3), malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
 # A batch's arrays are of some megabytes; what a huge document needed goes back to the system.
 _KEEP_BLOCKS_UP_TO = 32 << 20
 _KEEP_IN_ALL = 128 << 20
@@ -29,10 +30,23 @@ def keep_freed_memory() -> None:
     import pyarrow as pa
 
     pa.set_memory_pool(pa.system_memory_pool())
+    _set_malloc({_M_MMAP_THRESHOLD: _KEEP_BLOCKS_UP_TO, _M_TRIM_THRESHOLD: _KEEP_IN_ALL})
+
+
+def keep_all_freed_memory() -> None:
+    """Let malloc use again whatever was freed, as PyTorch does with a GPU's memory; for a process that trains.
+
+    Every step needs the same blocks as the one before. Left alone, malloc returns those above 32 MiB each time: half
+    of a step on a CPU may go into clearing pages.
+    """
+    _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def _set_malloc(options: dict[int, int]) -> None:
     with contextlib.suppress(AttributeError):  # only glibc has it
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _KEEP_BLOCKS_UP_TO)
-        mallopt(_M_TRIM_THRESHOLD, _KEEP_IN_ALL)
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def return_free_memory() -> None:

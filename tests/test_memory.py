@@ -1,4 +1,4 @@
-"""The memory of a worker is bounded by its largest document, not by its files."""
+"""The memory of a worker is bounded by its largest document, not by its files; training uses its own again."""
 
 from __future__ import annotations
 
@@ -60,3 +60,30 @@ def test_a_file_larger_than_a_gigabyte_is_streamed(tmp_path, tokenizer_dir):
         for _ in range(12):
             writer.write_table(pa.table({"text": texts}))
     assert peak_bytes(tokenizer_dir, tmp_path) < 7e8
+
+
+FAULTS_OF_LATER_STEPS = """
+import resource, sys
+import numpy as np
+from pretrainkit.memory import keep_all_freed_memory
+if sys.argv[1] == "keep":
+    keep_all_freed_memory()
+faults = []
+for step in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = np.ones(100_000_000, np.uint8)
+    del block
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sum(faults[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc can be told")
+def test_memory_that_every_step_needs_is_cleared_once():
+    """A block above 32 MiB, as a chunk of logits is, that every step needs again."""
+
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS_OF_LATER_STEPS, how]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < 100 < faults("leave")

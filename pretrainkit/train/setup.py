@@ -24,6 +24,7 @@ import yaml
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError, Interrupted
 from pretrainkit.locks import folder_lock
+from pretrainkit.memory import keep_all_freed_memory
 from pretrainkit.models import flops_per_token, num_parameters
 from pretrainkit.storage import storage_errors, write_atomic
 from pretrainkit.stream import BlockLoader, ValidationLoader
@@ -62,6 +63,7 @@ def train_process(config: PretrainConfig) -> None:
         PretrainKitError: Whatever is wrong with the configuration, the data or a checkpoint, the same on every rank.
     """
     begun = time.monotonic()
+    keep_all_freed_memory()
     topology = detect(os.environ)
     facts = look_at(config, topology.world_size)
     fabric = start_fabric(config, topology)
