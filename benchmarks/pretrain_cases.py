@@ -54,6 +54,7 @@ ROWS: dict[str, Row] = {
     "ours-one-loss-chunk": Row(flags={"loss.chunk_tokens": 1 << 30}),
     "ours-foreach-adamw": Row(patches=("foreach_adamw",)),
     "ours-fp32-between-blocks": Row(patches=("fp32_between_blocks",)),
+    "ours-no-masters": Row(patches=("no_masters",)),
     "ours-repeated-keys": Row(patches=("repeated_keys",)),
     "ours-document-mask": Row(flags={"data.document_mask": "true"}),
     "ours-checkpoint-attention": Row(flags={"compute.activation_checkpointing": "attention"}),
@@ -95,9 +96,9 @@ class Preset:
 
 
 _ABLATIONS = (
-    "ours-no-compile", "ours-autograd-loss", "ours-fp32-between-blocks", "ours-repeated-keys", "ours-foreach-adamw",
-    "ours-document-mask", "ours-bf16-true", "ours-checkpoint-block", "ours-log-rarely", "ours-float8", "litgpt-eager",
-    "ours-muon",
+    "ours-no-compile", "ours-autograd-loss", "ours-no-masters", "ours-fp32-between-blocks", "ours-repeated-keys",
+    "ours-foreach-adamw", "ours-document-mask", "ours-bf16-true", "ours-checkpoint-block", "ours-log-rarely",
+    "ours-float8", "litgpt-eager", "ours-muon",
 )  # fmt: skip
 PRESETS = {
     # On a CPU litgpt's compilation of the whole model takes longer than the run: the reference is litgpt without it.
@@ -105,8 +106,8 @@ PRESETS = {
     # Everything the h100 preset does, at a size for a CPU, with a row that must fail there.
     "smoke": Preset(
         cases=[SMOKE, replace(SMOKE, changes={**SMOKE.changes, "n_layer": 3})], rows=("litgpt-eager", "ours"),
-        ablations=("ours-float8", "ours-autograd-loss", "ours-fp32-between-blocks", "ours-repeated-keys",
-                   "ours-foreach-adamw"),
+        ablations=("ours-float8", "ours-autograd-loss", "ours-no-masters", "ours-fp32-between-blocks",
+                   "ours-repeated-keys", "ours-foreach-adamw"),
         budget_s=400,
     ),
     # The one with the most layers, which litgpt compiles as a whole, comes last: it may be the one that does not fit.

@@ -169,6 +169,13 @@ def _patch_fp32_between_blocks() -> None:
     PretrainGPT._embed = lambda self, inputs: self.transformer.wte(inputs)  # type: ignore[method-assign]
 
 
+def _patch_no_masters() -> None:
+    """Weights cast, and gradients cast and added by autograd, in every micro batch: as litgpt under autocast."""
+    from pretrainkit.train import parallel
+
+    parallel.keep_masters = lambda _model, _compute_dtype: None
+
+
 def _patch_repeated_keys() -> None:
     """Keys and values repeated for every query of a group: as litgpt."""
     from pretrainkit.models import attention

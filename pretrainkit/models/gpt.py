@@ -16,6 +16,7 @@ from pretrainkit.models.architectures import Config, SketchableGPT
 from pretrainkit.models.attention import flex, load_flex, mask_aware
 from pretrainkit.models.documents import IGNORED_TARGET, DocumentBoundary, allowed_attention
 from pretrainkit.models.loss import linear_cross_entropy
+from pretrainkit.models.masters import embed
 
 if TYPE_CHECKING:
     from pretrainkit.config import LossConfig
@@ -157,7 +158,7 @@ class PretrainGPT(SketchableGPT):
         Autocast leaves embeddings alone: what blocks hand on would stay in fp32, and every norm and sum would move
         twice the bytes. Under FSDP it is bf16 as well.
         """
-        hidden: torch.Tensor = self.transformer.wte(inputs)
+        hidden = embed(inputs, self.transformer.wte.weight)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if self.config.scale_embeddings:

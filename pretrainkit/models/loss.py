@@ -3,6 +3,9 @@
 Comes in: hidden states, the head's weights and the targets. Goes out: summed cross entropy and z-loss. Guarantee:
 equal to cross entropy over the full logits; at most one chunk of logits exists at a time, because a chunk's gradient is
 made while its logits are there, instead of in the backward pass. That also saves computing the logits twice.
+
+A head that has a master (`pretrainkit.models.masters`) gets its gradient there, added up over chunks and micro batches
+alike: no pass over the head's whole gradient to scale it, and none to add it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from pretrainkit.models.documents import IGNORED_TARGET
+from pretrainkit.models.masters import master_of
 
 # Logits of one chunk. More chunks mean less memory, and more often a pass over the head's whole gradient to add to it.
 _CHUNK_LOGITS_FUSED = 1 << 28  # bf16 logits and their gradient: 1 GiB
@@ -41,7 +45,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (positions, n_embd), what the head would be applied to.
-        weight: (vocabulary, n_embd) of the head.
+        weight: (vocabulary, n_embd) of the head. With a master, the loss must be differentiated with factor 1.
         bias: (vocabulary,) of the head, or None.
         targets: (positions,) int64; IGNORED_TARGET counts nothing.
         z_loss: Weight of the squared log-partition; 0 leaves it out of the loss (it is still returned).
@@ -112,7 +116,9 @@ def loss_and_logit_gradient(
         gradient = gradient * (1.0 - (logits / softcap).square())
         at_target = at_target * (1.0 - (target_logit / softcap).square())
     gradient = gradient.to(gradient_dtype)
-    return cross_entropy, square, factors, gradient.scatter_(1, index, at_target.to(gradient_dtype))
+    # Not scatter_, which on a CPU makes two fp32 copies of a bf16 matrix to set one number per row.
+    gradient[torch.arange(len(gradient), device=gradient.device), index[:, 0]] = at_target[:, 0].to(gradient_dtype)
+    return cross_entropy, square, factors, gradient
 
 
 @functools.cache
@@ -160,7 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cross_entropy = torch.zeros((), device=hidden.device, dtype=torch.float32)
         square = torch.zeros_like(cross_entropy)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs_gradient else None
-        grad_weight: torch.Tensor | None = None
+        master = master_of(weight) if needs_gradient else None
+        grad_weight = None if master is None else master.grad
         grad_bias: torch.Tensor | None = None
 
         start = 0
@@ -179,6 +186,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_bias = _add_product(grad_bias, gradient.t(), factors)
             start = stop
 
+        if master is not None:
+            assert grad_weight is not None
+            master.grad, grad_weight = grad_weight.float(), None
         ctx.gradients = (grad_hidden, grad_weight, None if grad_bias is None else grad_bias[:, 0])
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(cross_entropy, square)

@@ -22,7 +22,7 @@ from pretrainkit.models import flops_per_token, memory_facts, num_parameters
 from pretrainkit.topology import detect
 from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model
 from pretrainkit.train.metrics import peak_flops
-from pretrainkit.train.parallel import num_replicas
+from pretrainkit.train.parallel import chosen_precision, num_replicas
 from pretrainkit.train.side_files import SideFiles
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def report(config: PretrainConfig) -> None:
 
 def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Literal["cuda", "cpu"]) -> Memory:
     """Bytes on one rank."""
-    precision = config.precision or ("bf16-mixed" if kind == "cuda" else "32-true")
+    precision = chosen_precision(config, kind)
     stored = 2 if precision == "bf16-true" else 4
     computed = 4 if precision == "32-true" else 2
     needs = memory_facts(

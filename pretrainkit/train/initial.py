@@ -15,6 +15,7 @@ from torch import nn
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError
+from pretrainkit.models.masters import cast_masters, stored_state
 from pretrainkit.train.checkpoint import TENSORS_FOLDER, verify_checkpoint
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 from pretrainkit.train.optimizer import own_part
@@ -35,12 +36,13 @@ def load_initial(config: PretrainConfig, model: nn.Module, snapshots: Snapshots,
         # Its own steps and tokens begin anew; the data goes on, so that nothing is seen twice.
         state.samples, state.data_step, state.cursor = before.samples, before.data_step, before.cursor
     elif config.initial_checkpoint_dir is not None:
-        load_weights(model, config.initial_checkpoint_dir, group)
+        load_weights(stored_state(model), config.initial_checkpoint_dir, group)
+        cast_masters(model)
     snapshots.open_data()
 
 
-def load_weights(model: nn.Module, folder: Path, group: Any) -> None:
-    """Fill a model, sharded or not, from a folder with `lit_model.pth`. Call on every rank.
+def load_weights(weights: dict[str, torch.Tensor], folder: Path, group: Any) -> None:
+    """Fill named weights, sharded or not, from a folder with `lit_model.pth`. Call on every rank.
 
     Raises:
         CheckpointError: No such folder, damaged, or of another model.
@@ -51,20 +53,20 @@ def load_weights(model: nn.Module, folder: Path, group: Any) -> None:
             verify_checkpoint(folder)
         from pretrainkit.train.dcp import read_tensors
 
-        read_tensors({"model": dict(model.state_dict())}, path, group)
+        read_tensors({"model": weights}, path, group)
         return
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {TENSORS_FOLDER}; give a checkpoint of pretraining or a litgpt folder")
     try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is no file of tensors ({type(error).__name__}); it is damaged") from error
-    weights = weights.get("model", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    found = found.get("model", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{path} holds no tensors by name; give a checkpoint of pretraining or a litgpt folder")
-    for name, target in model.state_dict().items():
-        if name not in weights or weights[name].shape != target.shape:
-            found = f"has shape {tuple(weights[name].shape)} there" if name in weights else "is not in it"
-            raise CheckpointError(f"{path} is of another model: {name} {found}, and {tuple(target.shape)} here")
+    for name, target in weights.items():
+        if name not in found or found[name].shape != target.shape:
+            there = f"has shape {tuple(found[name].shape)} there" if name in found else "is not in it"
+            raise CheckpointError(f"{path} is of another model: {name} {there}, and {tuple(target.shape)} here")
         local = target.to_local() if hasattr(target, "to_local") else target
-        local.copy_(own_part(weights[name], target))
+        local.copy_(own_part(found[name], target))

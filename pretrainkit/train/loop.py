@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pretrainkit.errors import Interrupted, TrainingError
+from pretrainkit.models.masters import cast_masters
 from pretrainkit.stream import BlockLoader
 from pretrainkit.train.checkpoint import newest_whole_checkpoint
 from pretrainkit.train.evaluation import generate, validate
@@ -71,25 +72,21 @@ def _step(run: Run, loader: BlockLoader, window: Window) -> None:
     """One optimizer step: accumulate micro batches, judge, clip, step."""
     state, plan = run.state, run.plan
     targets = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
-    # FSDP averages gradients over ranks: each rank divides by the targets it has when none is masked.
-    nominal = plan.tokens_per_step / plan.world_size
     for micro_batch in range(plan.accumulation):
         run.watchdog.alive(state.step, "waiting for data")
         batch = window.next_batch(loader)
         run.watchdog.alive(state.step, "computing")
         gradient_sync(run.bare_model, micro_batch == plan.accumulation - 1)
         output = run.model(batch)
-        run.fabric.backward(output.loss / nominal)
+        run.fabric.backward(output.loss)  # a sum over targets, which the optimizer's step divides by their number
         window.add_batch(output)
         targets += output.num_targets
-    # The share of targets that a document mask left; 1 without one. Dividing by it makes the loss a mean over targets.
-    if run.config.data.document_mask and plan.world_size > 1:
+    if run.config.data.document_mask and plan.world_size > 1:  # else every rank has the same number
         dist.all_reduce(targets)
-        share = (targets / plan.tokens_per_step).float().clamp_min(1e-9)
-    else:
-        share = (targets / nominal).float().clamp_min(1e-9)
+        targets /= plan.world_size  # the mean, for FSDP averages gradients over ranks
+    scale = targets.float().clamp_min(1.0)
 
-    norm = gradient_norm(run.optimizers) / share
+    norm = gradient_norm(run.optimizers) / scale
     skip = run.guard.judge(norm, state.data_step)
     max_norm = run.config.train.max_norm
     clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -98,7 +95,8 @@ def _step(run: Run, loader: BlockLoader, window: Window) -> None:
     state.tokens += plan.tokens_per_step
     state.samples += run.config.train.global_batch_size
     lr = learning_rate(run.course, state.tokens)
-    take_step(run.optimizers, learning_rate=lr, grad_scale=share / clip, skip=skip)
+    take_step(run.optimizers, learning_rate=lr, grad_scale=scale / clip, skip=skip)
+    cast_masters(run.bare_model)
     window.add_step(norm, skip, lr)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from pretrainkit.config import OptimizerConfig
 from pretrainkit.errors import ConfigError
+from pretrainkit.models.masters import stored
 
 _MATMUL_STEPS = 5  # Newton-Schulz iterations
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/
@@ -31,8 +32,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in embeddings:
+    for name, own in model.named_parameters():
+        parameter = stored(own)
+        if parameter.dim() < 2 or id(own) in embeddings:
             others.append(parameter)
         elif config.class_path == "Muon" and ".h." in f".{name}" and parameter.dim() == 2:
             hidden.append(parameter)

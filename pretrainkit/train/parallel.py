@@ -22,6 +22,7 @@ from pretrainkit.config import ComputeConfig, Precision, PretrainConfig
 from pretrainkit.deferred import compiler_aside, defer
 from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError, TrainingError
 from pretrainkit.models import initialize_parameters
+from pretrainkit.models.masters import keep_masters
 from pretrainkit.topology import Topology, granted_cpus
 
 # Fabric's name for the mesh's dimensions; the second one is where FSDP shards, not tensor parallelism.
@@ -49,7 +50,7 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
     if not on_gpu and topology.local_world_size > 1:
         torch.set_num_threads(max(1, granted_cpus(os.environ) // topology.local_world_size))
     replicas = num_replicas(config, topology.world_size, topology.num_nodes)
-    precision = config.precision or ("bf16-mixed" if on_gpu else "32-true")
+    precision = chosen_precision(config, "cuda" if on_gpu else "cpu")
     options: dict[str, Any] = {"accelerator": "gpu" if on_gpu else "cpu", "devices": 1}
     if topology.world_size > 1:
         options |= {
@@ -67,6 +68,11 @@ def start_fabric(config: PretrainConfig, topology: Topology) -> Any:
     fabric = Fabric(**options)
     fabric.launch()
     return fabric
+
+
+def chosen_precision(config: PretrainConfig, device_type: str) -> Precision:
+    """As configured, else what suits the device."""
+    return config.precision or ("bf16-mixed" if device_type == "cuda" else "32-true")
 
 
 def num_replicas(config: PretrainConfig, world_size: int, num_nodes: int) -> int:
@@ -145,6 +151,9 @@ def set_up_model(fabric: Any, model: nn.Module, config: PretrainConfig) -> nn.Mo
             part.compile()
     if fabric.world_size == 1:
         _fill(model, fabric.device.type, config.seed)
+        precision = chosen_precision(config, fabric.device.type)
+        if precision != "bf16-true":
+            keep_masters(model, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
     wrapped: nn.Module = fabric.setup_module(model, _reapply_compile=False)
     return wrapped
 

@@ -19,6 +19,7 @@ from torch import nn
 from pretrainkit._version import __version__
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError
+from pretrainkit.models.masters import cast_masters, stored, stored_state
 from pretrainkit.stream import Cursor
 from pretrainkit.stream.cursor import differences
 from pretrainkit.train.checkpoint import TENSORS_FOLDER
@@ -60,8 +61,8 @@ class Snapshots:
             states.update(optimizer.state)  # type: ignore[arg-type]
         named = self._model.named_parameters()
         return {
-            "model": dict(self._model.state_dict()),
-            "optimizer": {name: dict(states[parameter]) for name, parameter in named},
+            "model": stored_state(self._model),
+            "optimizer": {name: dict(states[stored(parameter)]) for name, parameter in named},
         }
 
     def take(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,6 +95,7 @@ class Snapshots:
         from pretrainkit.train.dcp import read_tensors  # slow to import, and few runs read a checkpoint
 
         read_tensors(self.tensors(), folder / TENSORS_FOLDER, self._group)
+        cast_masters(self._model)
         self._guard.load_state_dict(record["guard"])
         return record
 

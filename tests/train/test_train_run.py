@@ -17,7 +17,7 @@ import yaml
 from pretrainkit.config import ComputeConfig, DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
 from pretrainkit.errors import CheckpointError, ConfigError, DatasetError, Interrupted, StorageError, TrainingError
 from pretrainkit.locks import folder_lock
-from pretrainkit.train import checkpoint, loop, pretrain
+from pretrainkit.train import checkpoint, loop, parallel, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
@@ -456,6 +456,29 @@ def test_bf16_trains(settings, rows, precision):
     assert rows(arguments["out_dir"])[-1]["loss"] < 4.0
     stored = weights(arguments["out_dir"] / "final")["model.transformer.h.0.attn.qkv.weight"].dtype
     assert stored == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+
+
+@pytest.mark.slow
+def test_masters_change_no_bit_of_a_run_that_is_stopped_and_begins_with_given_weights(
+    settings, rows, monkeypatch, tmp_path
+):
+    pretrain(**settings(out_dir=tmp_path / "first", train={"max_steps": 2}))
+    common = {"precision": "bf16-mixed", "initial_checkpoint_dir": tmp_path / "first" / "final",
+              "eval": {"interval": 4, "final_validation": True}}  # fmt: skip
+    whole = settings(out_dir=tmp_path / "whole", **common)
+    parts = settings(out_dir=tmp_path / "parts", **common)
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel, "keep_masters", lambda _model, _dtype: None)
+        pretrain(**whole)
+    with monkeypatch.context() as patched:
+        stop_at(patched, step=6)
+        with pytest.raises(Interrupted):
+            pretrain(**parts)
+    pretrain(**parts | {"initial_checkpoint_dir": None, "resume": "auto"})
+    for event, key in (("train", "loss"), ("train", "grad_norm"), ("validation", "val_loss")):
+        expected, found = ([row[key] for row in rows(tmp_path / name, event)] for name in ("whole", "parts"))
+        assert found == expected
+    assert_equal_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
 
 
 @pytest.mark.slow
