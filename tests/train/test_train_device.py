@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from pretrainkit import models
 from pretrainkit.config import GuardConfig, LossConfig, OptimizerConfig
 from pretrainkit.models.documents import DocumentBoundary
+from pretrainkit.models.masters import cast_masters, keep_masters
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.optimizer import build_optimizer, gradient_norm, take_step
 from pretrainkit.train.parallel import checkpoint_activations
@@ -17,8 +18,8 @@ from pretrainkit.train.state import TrainState
 from pretrainkit.train.window import Window
 
 KEYS = {
-    "block_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_query_groups": 2, "padded_vocab_size": 96,
-    "vocab_size": 96, "mlp_class_name": "LLaMAMLP", "norm_class_name": "RMSNorm", "intermediate_size": 48,
+    "block_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_query_groups": 2, "padded_vocab_size": 512,
+    "vocab_size": 512, "mlp_class_name": "LLaMAMLP", "norm_class_name": "RMSNorm", "intermediate_size": 48,
     "parallel_residual": False, "bias": False,
 }  # fmt: skip
 WINDOWS = {"sliding_window_size": 16, "sliding_window_indices": [1, 0], "scale_embeddings": True}
@@ -56,16 +57,19 @@ def test_a_step_neither_reads_from_the_device_nor_copies_to_it(kind, rule, what,
             document_boundary=None if rule is None else DocumentBoundary(rule=rule, bos_id=1, eos_id=0),
         )
     checkpoint_activations(model, what)
+    keep_masters(model, torch.float32)
     optimizers = build_optimizer(model, OptimizerConfig(class_path="Muon"))
     guard, window = Guard(GuardConfig(spike_factor=3.0), device), Window(device, 1, TrainState())
     with OnDevice():
         for step in range(2):
-            output = model(torch.zeros((4, 65), dtype=torch.int64, device=device))
-            (output.loss / 100).backward()
-            window.add_batch(output)
+            for _micro_batch in range(2):
+                output = model(torch.zeros((4, 65), dtype=torch.int64, device=device))
+                output.loss.backward()
+                window.add_batch(output)
             norm = gradient_norm(optimizers)
             skip = guard.judge(norm, step)
             take_step(optimizers, learning_rate=1e-3, grad_scale=norm.clamp(max=1.0), skip=skip)
+            cast_masters(model)
             window.add_step(norm, skip, 1e-3)
     with pytest.raises((RuntimeError, NotImplementedError)):  # what a log line does waits
         window.read(guard.recent_skips)

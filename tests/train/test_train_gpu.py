@@ -11,6 +11,7 @@ from pretrainkit.config import ComputeConfig, DataConfig, LossConfig, OptimizerA
 from pretrainkit.models import gpt
 from pretrainkit.models.documents import DocumentBoundary
 from pretrainkit.models.loss import linear_cross_entropy
+from pretrainkit.models.masters import keep_masters, stored
 from pretrainkit.train import loop, pretrain
 
 # The compiler and its kernels warn of much that is theirs.
@@ -111,6 +112,33 @@ def test_documents_and_windows_are_those_of_the_plain_mask(window, monkeypatch):
         (sparse, gradient), (plain, expected) = found
         assert sparse == pytest.approx(plain, rel=1e-3)
         assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 16])  # below and above 3,072 positions PyTorch sums rows differently
+def test_masters_gather_the_gradients_of_autocast(micro_batch_size):
+    keys = WIDER | {"n_layer": 2, "padded_vocab_size": 8192, "vocab_size": 8192, "bias": False}
+    found = []
+    for with_masters in (False, True):
+        with torch.device("cuda"):
+            model = models.build_model(models.resolve_config(None, keys), loss=LossConfig(), compile_loss=True)
+        models.initialize_parameters(model, seed=1)
+        for block in model.transformer.h:
+            block.compile()
+        if with_masters:
+            keep_masters(model, torch.bfloat16)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            tokens = torch.randint(0, 8192, (micro_batch_size, 257), generator=generator).square() // 8192
+            tokens = tokens.cuda()
+            torch.cuda.set_sync_debug_mode("error" if seed else "default")  # the first compiles
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(tokens).loss
+            loss.backward()
+            torch.cuda.set_sync_debug_mode("default")
+        found.append({name: stored(weight).grad for name, weight in model.named_parameters()})
+    for name, expected in found[0].items():
+        assert found[1][name].dtype == torch.float32
+        assert (found[1][name] - expected).norm() < 0.01 * expected.norm(), name
 
 
 @pytest.mark.parametrize("chunk_tokens", [512, 64])
