@@ -390,10 +390,18 @@ def test_validation_gives_every_rank_as_many_batches(dataset):
     assert [batch["tokens"].tolist() for batch in alone] == [batch["tokens"].tolist() for batch in alone]
 
 
-def test_validation_split_too_small_for_the_ranks_is_refused(dataset):
+def test_validation_split_too_small_for_whole_batches_gives_smaller_ones(dataset):
     source = BlockSource(dataset, block_size=BLOCK - 1)
-    with pytest.raises(DatasetError, match=r"holds 16 blocks of 8 tokens, fewer than .* = 4 x 8 = 32"):
-        build_validation_loader(source, micro_batch_size=4, world_size=8)
+    ranks = [build_validation_loader(source, micro_batch_size=4, rank=rank, world_size=6) for rank in range(6)]
+    batches = [[block_numbers(batch["tokens"]) for batch in loader] for loader in ranks]
+    assert [[len(numbers) for numbers in loader] for loader in batches] == [[2]] * 6
+    assert len({number for loader in batches for numbers in loader for number in numbers}) == 12
+
+
+def test_validation_split_without_a_block_for_every_rank_is_refused(dataset):
+    source = BlockSource(dataset, block_size=BLOCK - 1)
+    with pytest.raises(DatasetError, match="holds 16 blocks of 8 tokens, fewer than the 17 ranks"):
+        build_validation_loader(source, micro_batch_size=4, world_size=17)
 
 
 def test_dataset_without_validation_split_gives_none(dataset):

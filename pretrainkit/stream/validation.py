@@ -51,24 +51,23 @@ def build_validation_loader(
 
     Args:
         source: A validation split, from `open_sources(..., "val", ...)`.
-        micro_batch_size: Blocks per batch.
+        micro_batch_size: Blocks per batch; fewer where the split has not that many for every rank.
         rank: This process.
         world_size: Processes in all.
         max_iters: Batches per rank at most; None takes as many as the split fills on every rank.
         pin_memory: Put batches where a GPU can fetch them by itself.
 
     Raises:
-        DatasetError: The split has not one batch for every rank.
+        DatasetError: The split has not one block for every rank.
     """
+    micro_batch_size = min(micro_batch_size, source.num_blocks // world_size)
+    if micro_batch_size == 0:
+        raise DatasetError(
+            f"{source.folder} holds {source.num_blocks:,} blocks of {source.block_tokens:,} tokens, fewer than the "
+            f"{world_size} ranks: some would have nothing to validate on; make a larger validation split"
+        )
     per_round = micro_batch_size * world_size
     rounds = source.num_blocks // per_round
-    if rounds == 0:
-        raise DatasetError(
-            f"{source.folder} holds {source.num_blocks:,} blocks of {source.block_tokens:,} tokens, fewer than "
-            f"micro_batch_size x world_size = {micro_batch_size} x {world_size} = {per_round}: some ranks would have "
-            "nothing to validate on; make a larger validation split, or lower train.micro_batch_size or "
-            "train.max_seq_length"
-        )
     rounds = rounds if max_iters is None else min(rounds, max_iters)
     numbers = np.arange(rounds * per_round).reshape(rounds, world_size, micro_batch_size)[:, rank]
     order = SourceOrder(source.segment_starts, seed=_SAMPLE_SEED, source=0, shuffle=True)

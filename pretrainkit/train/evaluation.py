@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_validation(config: PretrainConfig, facts: Facts, *, rank: int, world_size: int) -> dict[str, ValidationLoader]:
-    """A loader per source that has a validation split, by its folder; rank 0 says which have none.
+    """A loader per source with a validation block for every rank, by its folder; rank 0 says which have none.
 
     Raises:
-        DatasetError: A split has not one batch for every rank, or ids of another tokenizer.
+        DatasetError: A split has ids of another tokenizer.
         ModelError: Its ids go beyond the model's vocabulary.
     """
     opened = open_sources(
@@ -43,13 +43,13 @@ def open_validation(config: PretrainConfig, facts: Facts, *, rank: int, world_si
         max_cache_bytes=config.data.max_cache_bytes,
     )
     check_tokenizers([*facts.sources, *opened])
-    sources = [source for source in opened if source.num_blocks]
+    sources = [source for source in opened if source.num_blocks >= world_size]
     for source in opened:
         if source.info is not None:
             check_vocabulary(facts.model_config, source.info, source.folder)
-        if rank == 0 and not source.num_blocks:
+        if rank == 0 and source.num_blocks < world_size:
             logger.warning(
-                "%s holds %s tokens, not one block of %d: nothing to validate on; training goes without",
+                "%s holds %s tokens, not one block of %d for every rank: nothing to validate on; training goes without",
                 source.folder, f"{source.num_tokens:,}", source.block_tokens,
             )  # fmt: skip
     if rank == 0 and len(opened) < len(config.sources):
