@@ -141,6 +141,7 @@ def _prepare(arguments: list[str], parser: Any) -> tuple[list[str], list[Path]]:
         else:
             others.append(f"{name}={following}")
             index += 1
+        _check_path(name, others[-1].partition("=")[2], action)
         if name == "--config":
             configs.append(others.pop())
         if name.lstrip("-") in places:
@@ -164,6 +165,12 @@ def _check_flag(name: str, by_option: dict[str, Any]) -> None:
         return
     near = did_you_mean(name, by_option) or ["--help"]
     raise ConfigError(f"unknown flag {name}; did you mean {' or '.join(near)}?")
+
+
+def _check_path(name: str, value: Any, action: Any) -> None:
+    """Refuse an empty path, which would mean the working folder."""
+    if value == "" and "Path" in str(getattr(action, "_typehint", "")):
+        raise ConfigError(f"{name} is empty; give a path (is a shell variable unset?)")
 
 
 def _is_free_form(action: Any) -> bool:
@@ -219,6 +226,7 @@ def _check_keys(path: Path, content: dict[Any, Any], parser: Any, prefix: str = 
             raise ConfigError(
                 f"{path}: unknown key {dest!r}; did you mean {_alternatives(str(key), siblings, prefix)}?"
             )
+        _check_path(f"{path}: {dest}", value, known.get(dest))
         if dest in groups and isinstance(value, dict):
             _check_keys(path, value, parser, f"{dest}.")
         elif dest in groups:  # jsonargparse would take the defaults

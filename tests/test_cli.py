@@ -130,6 +130,7 @@ def test_a_wrong_flag_gets_one_clear_line(arguments, message):
         ("- a\n", "holds a list, not a mapping"),
         ("count: [\n", "is not YAML"),
         ("count: 3\ncount: 4\n", "line 2: the key 'count' stands twice"),
+        ('input_dir: ""\n', "input_dir is empty; give a path"),
         ("cuont: 3\n", "unknown key 'cuont'; did you mean count?"),
         (
             "optimizer:\n  learning_rat: 3\n",

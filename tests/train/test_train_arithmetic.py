@@ -236,6 +236,7 @@ def test_a_url_without_a_secret_is_taken(url):
         ("--trian.max_steps=1", "did you mean --train.max_steps"),
         ("--train.max_norm=-1", "train.max_norm=-1.0 must be above 0"),
         ("--train.epochs=nan", "--train.epochs=nan does not fit; it takes a number or null"),
+        ("--out_dir=", "--out_dir is empty; give a path"),
     ],
 )
 def test_a_wrong_flag_gets_one_line(flag, message):
