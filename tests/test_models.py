@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from litgpt.model import GPT
+from litgpt.model import GPT, apply_rope, apply_rope_interleave
 from torch.nn import functional
 
 from pretrainkit import models
@@ -68,6 +68,29 @@ def test_loss_and_gradients_are_those_of_litgpt(kind):
     ours = dict(model.named_parameters())
     for name, parameter in twin.named_parameters():
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("interleave", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_are_litgpts_bit_for_bit_and_stay_in_the_order_of_the_projection(share, interleave, dtype):
+    model = build({**TINY, "n_embd": 64, "rotary_percentage": share, "rope_interleave": interleave})
+    attention, width = model.transformer.h[0].attn, model.config.rope_n_elem
+    projected = torch.randn(2, 32, 4, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    twin = projected.detach().clone().requires_grad_()
+    cos, sin = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
+
+    found = attention._rotate(projected.transpose(1, 2), cos, sin)
+    heads_first = twin.transpose(1, 2)
+    turned = (apply_rope_interleave if interleave else apply_rope)(heads_first[..., :width], cos, sin)
+    expected = torch.cat((turned, heads_first[..., width:]), dim=-1)
+
+    assert torch.equal(found, expected)
+    assert interleave or found.stride() == projected.transpose(1, 2).stride()
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(projected.grad, twin.grad)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

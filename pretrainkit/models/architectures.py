@@ -24,8 +24,6 @@ from litgpt.model import (  # noqa: E402
     LLaMAMLP,
     LLaMAMoE,
     MultiheadLatentAttention,
-    apply_rope,
-    apply_rope_interleave,
 )
 
 __all__ = [
@@ -37,8 +35,6 @@ __all__ = [
     "LLaMAMoE",
     "MultiheadLatentAttention",
     "SketchableGPT",
-    "apply_rope",
-    "apply_rope_interleave",
     "configs",
     "name_to_config",
 ]

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from pretrainkit.models.architectures import (
-    CausalSelfAttention,
-    MultiheadLatentAttention,
-    apply_rope,
-    apply_rope_interleave,
-)
+from pretrainkit.models.architectures import CausalSelfAttention, MultiheadLatentAttention
 
 # FlexAttention's functions, compiled: else they work on the whole score matrix. Filled when the first mask is made, not
 # at import, which would cost every CPU run the compiler's start; a plain dictionary: compiled blocks look into it.
@@ -58,9 +53,11 @@ class _FlexMixin:
 
 
 class _SelfAttention(_FlexMixin, CausalSelfAttention):  # type: ignore[misc]
-    """Hands keys and values to the kernel as they are, where litgpt first repeats them for every query of a group.
+    """Hands queries, keys and values to the kernel as they come out of their projection.
 
-    At 32 queries on 4 groups that is most of what the attention keeps for the backward pass.
+    litgpt repeats keys and values for every query of a group: at 32 queries on 4 groups most of what the attention
+    keeps for the backward pass. And its queries change to the order (batch, heads, length, size) in memory; kernels
+    write in the order of the queries, so that their result had to be copied into the order of the projection.
     """
 
     def forward(
@@ -73,10 +70,10 @@ class _SelfAttention(_FlexMixin, CausalSelfAttention):  # type: ignore[misc]
         input_pos_maxp1: int | None = None,
     ) -> torch.Tensor:
         """(batch, length, n_embd) -> the same. Source: litgpt model.py, CausalSelfAttention.forward."""
-        config = self.config
-        if input_pos is not None or config.n_query_groups == config.n_head:
+        if input_pos is not None:
             result: torch.Tensor = super().forward(x, cos, sin, mask, input_pos, input_pos_maxp1)
             return result
+        config = self.config
         batch, length, _ = x.shape
         size = config.head_size
         widths = (config.n_head * size, config.n_query_groups * size, config.n_query_groups * size)
@@ -87,11 +84,29 @@ class _SelfAttention(_FlexMixin, CausalSelfAttention):  # type: ignore[misc]
         q, k, v = (part.view(batch, length, -1, size).transpose(1, 2) for part in (q, k, v))
         if config.norm_qk and config.norm_qk_type == "default":
             q, k = self.norm_q(q), self.norm_k(k)
-        rotate, turned = apply_rope_interleave if config.rope_interleave else apply_rope, config.rope_n_elem
-        q = torch.cat((rotate(q[..., :turned], cos, sin), q[..., turned:]), dim=-1)
-        k = torch.cat((rotate(k[..., :turned], cos, sin), k[..., turned:]), dim=-1)
+        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
         y: torch.Tensor = self.proj(self.scaled_dot_product_attention(q, k, v, mask).reshape(batch, length, -1))
         return y
+
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, length, size) -> the same with rotary positions, halves in the same order in memory.
+
+        The values of litgpt's `apply_rope`, of whose slices and halves the compiler's backward pass makes arrays filled
+        up with zeros; this it makes one kernel of.
+        """
+        width = self.config.rope_n_elem
+        half = width // 2
+        # (.., length, width) -> (.., length, 2, half): the two of a pair are what one angle turns
+        shape = (half, 2) if self.config.rope_interleave else (2, half)
+        pairs = torch.unflatten(x[..., :width], -1, shape)
+        pairs = pairs.mT if self.config.rope_interleave else pairs
+        cos, sin = (torch.unflatten(table, -1, (2, half)).unsqueeze(1) for table in (cos, sin))
+        sin = torch.stack((-sin[..., 0, :], sin[..., 1, :]), dim=-2)
+        turned = (pairs * cos + pairs.flip(-2) * sin).flatten(-2).to(x.dtype)
+        if width == x.shape[-1]:
+            return turned
+        # Joined with lengths before heads: what is joined is laid out anew.
+        return torch.cat((turned.transpose(1, 2), x[..., width:].transpose(1, 2)), dim=-1).transpose(1, 2)
 
 
 class _LatentAttention(_FlexMixin, MultiheadLatentAttention):  # type: ignore[misc]
