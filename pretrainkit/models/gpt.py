@@ -6,6 +6,7 @@ copies or converts logits. Guarantee: without a document mask, the loss and its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,6 +66,9 @@ class PretrainGPT(SketchableGPT):
         for block in self._blocks:
             block.attn.apply_sliding_window_attention = False
             mask_aware(block.attn)
+        norm: Any = self.transformer.ln_f
+        norm_class: Any = type(norm)
+        norm.__class__ = _in_own_type(norm_class)
         self.tie_weights()
 
     @property
@@ -179,6 +183,20 @@ class PretrainGPT(SketchableGPT):
         if soft_capped:  # litgpt adds this mask to the scores instead of handing it to PyTorch
             return torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
         return allowed
+
+
+@functools.cache
+def _in_own_type(norm_class: Any) -> type:
+    """The same norm, whose result has the type of what it is given: autocast lets PyTorch's own return fp32.
+
+    And one of this module: PyTorch's own, when they are all it is given, the compiler leaves alone.
+    """
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = norm_class.forward(self, hidden).to(hidden.dtype)
+        return result
+
+    return type(f"Typed{norm_class.__name__}", (norm_class,), {"forward": forward})
 
 
 def _has_flex_kernels(device: torch.device) -> bool:

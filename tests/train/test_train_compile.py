@@ -27,14 +27,15 @@ def build(**changes):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # what the compiler says about itself
-def test_samples_of_text_compile_nothing(tokenizer_dir):
+@pytest.mark.parametrize("norm_class_name", ["RMSNorm", "LayerNorm"])
+def test_samples_of_text_compile_nothing(norm_class_name, tokenizer_dir):
     compiled = []
 
     def count(graph, _inputs):
         compiled.append(graph)
         return graph
 
-    model = build()
+    model = build(norm_class_name=norm_class_name)
     for part in (*model.transformer.h, model.transformer.ln_f):
         part.compile(backend=count)
     model(torch.arange(33)[None]).loss.backward()
