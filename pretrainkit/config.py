@@ -208,7 +208,7 @@ class LossConfig:
     z_loss: float = 0.0
     """Weight of the squared log-partition, which keeps logits small; 1e-4 is usual, 0 is off."""
     chunk_tokens: int | None = None
-    """Positions whose logits exist at a time; null chooses by the vocabulary."""
+    """Positions whose logits exist at a time; null chooses by vocabulary and memory."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.z_loss < math.inf, "loss.z_loss", self.z_loss, "must not be negative")

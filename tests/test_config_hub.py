@@ -110,7 +110,7 @@ def test_training_fits_the_devices_it_names(path):
     ranks_per_copy = config.devices * config.num_nodes // (config.compute.replicas or config.num_nodes)
     state = 16 * facts.parameters / ranks_per_copy  # fp32 parameter, gradient and two AdamW averages
     gathered = 2 * 2 * facts.largest_block_parameters  # two parts in bf16: one in use, one on its way
-    needed = state + gathered + facts.activation_bytes + facts.logit_bytes
+    needed = state + gathered + facts.activation_bytes + GPU_BYTES / 20  # at most that much is a chunk of logits
     assert needed < 0.9 * GPU_BYTES, f"{needed / 1e9:.0f} GB"
 
 

@@ -25,8 +25,6 @@ class MemoryFacts:
     """Parameters of the largest part that FSDP gathers at a time: a transformer block, or embedding and head."""
     activation_bytes: int
     """Kept between forward and backward for one micro batch, under the chosen checkpointing."""
-    logit_bytes: int
-    """Peak of the chunked loss: one chunk of logits with its gradient."""
 
 
 def num_parameters(config: Config, *, tie_embeddings: bool = False) -> int:
@@ -70,12 +68,10 @@ def memory_facts(
     ends = (1 if tie_embeddings else 2) * config.padded_vocab_size * config.n_embd
     positions = block_size * micro_batch_size
     per_position = _kept_per_position(config, checkpointing) * config.n_layer + 4 * config.n_embd
-    chunk_logits = min(positions * config.padded_vocab_size, 1 << 28)
     return MemoryFacts(
         parameters=num_parameters(config, tie_embeddings=tie_embeddings),
         largest_block_parameters=max(*blocks, ends),
         activation_bytes=positions * per_position * bytes_per_element,
-        logit_bytes=2 * chunk_logits * bytes_per_element,
     )
 
 

@@ -20,10 +20,10 @@ from torch.nn import functional
 from pretrainkit.models.documents import IGNORED_TARGET
 from pretrainkit.models.masters import master_of
 
-# Logits of one chunk. More chunks mean less memory, and more often a pass over the head's whole gradient to add to it.
-_CHUNK_LOGITS_FUSED = 1 << 28  # bf16 logits and their gradient: 1 GiB
-_CHUNK_LOGITS_GPU = 1 << 26  # a few fp32 copies: 1 GiB
-_CHUNK_LOGITS_CPU = 1 << 25  # two fp32 copies: 256 MiB; smaller chunks make matrix products too thin to be fast
+# What one chunk may take. Every chunk is a pass over the head's whole fp32 gradient, to add to it: 4 GB to move at
+# Llama 3's width.
+_SHARE_OF_GPU = 1 / 20
+_BYTES_ON_CPU = 1 << 28  # smaller chunks make matrix products too thin to be fast
 
 # Whether a product of 16-bit matrices on an NVIDIA GPU can be added to an fp32 matrix.
 # Source: torch aten/src/ATen/native/cuda/Blas.cpp, _addmm_dtype_out_cuda, since pytorch/pytorch#167931.
@@ -50,7 +50,7 @@ def linear_cross_entropy(
         targets: (positions,) int64; IGNORED_TARGET counts nothing.
         z_loss: Weight of the squared log-partition; 0 leaves it out of the loss (it is still returned).
         softcap: Logits become softcap x tanh(logits / softcap) first.
-        chunk_tokens: Positions per chunk; None chooses by the vocabulary.
+        chunk_tokens: Positions per chunk; None chooses by the vocabulary and the device's memory.
         fused: Compile the element-wise part.
 
     Returns:
@@ -61,13 +61,27 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(device_type)
     compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
     if chunk_tokens is None:
-        budget = _CHUNK_LOGITS_CPU if device_type == "cpu" else _CHUNK_LOGITS_FUSED if fused else _CHUNK_LOGITS_GPU
-        chunk_tokens = max(1, budget // weight.shape[0])
+        per_position = weight.shape[0] * bytes_per_logit(device_type, compute_dtype.itemsize, fused=fused)
+        memory_bytes = torch.cuda.get_device_properties(hidden.device).total_memory if hidden.is_cuda else 0
+        chunk_tokens = positions_per_chunk(per_position, device_type, memory_bytes)
     step = _fused_step() if fused else loss_and_logit_gradient
     options = (z_loss, softcap, chunk_tokens, compute_dtype, torch.is_grad_enabled(), step)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     result = _LinearCrossEntropy.apply(hidden, weight, bias, targets, options)  # type: ignore[no-untyped-call]
     return result
+
+
+def bytes_per_logit(device_type: str, element_bytes: int, *, fused: bool) -> int:
+    """What one logit takes in computing the loss: itself, its gradient, and fp32 copies where nothing is fused."""
+    if device_type == "cpu":
+        return 8
+    return 2 * element_bytes if fused else 16
+
+
+def positions_per_chunk(bytes_per_position: int, device_type: str, memory_bytes: float) -> int:
+    """How many positions have logits at a time, on a device of so much memory."""
+    budget = _SHARE_OF_GPU * memory_bytes if device_type == "cuda" else _BYTES_ON_CPU
+    return max(1, int(budget / bytes_per_position))
 
 
 def loss_and_logit_gradient(

@@ -19,10 +19,11 @@ import torch
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import ConfigError
 from pretrainkit.models import flops_per_token, memory_facts, num_parameters
+from pretrainkit.models.loss import bytes_per_logit, positions_per_chunk
 from pretrainkit.topology import detect
 from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model
 from pretrainkit.train.metrics import peak_flops
-from pretrainkit.train.parallel import chosen_precision, num_replicas
+from pretrainkit.train.parallel import chosen_precision, num_replicas, uses_compile
 from pretrainkit.train.side_files import SideFiles
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def report(config: PretrainConfig) -> None:
     facts = look_at(config, world_size)
     SideFiles(config, facts.model_config, facts.sources[0].folder, speak=True)
     new_model(config, facts, torch.device("cpu"))  # on the meta device; refuses what cannot be built
-    memory = plan_memory(config, facts, world_size, device.kind)
+    memory = plan_memory(config, facts, world_size, device)
     for line in _lines(config, facts, device, memory):
         logger.info("%s", line)
     for source in facts.sources:
@@ -94,9 +95,9 @@ def report(config: PretrainConfig) -> None:
     check_fit(config, memory, device)
 
 
-def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Literal["cuda", "cpu"]) -> Memory:
+def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, device: Device) -> Memory:
     """Bytes on one rank."""
-    precision = chosen_precision(config, kind)
+    precision = chosen_precision(config, device.kind)
     stored = 2 if precision == "bf16-true" else 4
     computed = 4 if precision == "32-true" else 2
     needs = memory_facts(
@@ -124,8 +125,16 @@ def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, kind: Lit
         optimizer=shard * stored * (1 if config.optimizer.class_path == "Muon" else 2),
         gathered=gathered,
         activations=float(needs.activation_bytes),
-        logits=float(needs.logit_bytes),
+        logits=_logits(config, facts, device, computed),
     )
+
+
+def _logits(config: PretrainConfig, facts: Facts, device: Device, element_bytes: int) -> float:
+    """Bytes of one chunk of the loss."""
+    fused = uses_compile(config.compute, device.kind)
+    per_position = facts.model_config.padded_vocab_size * bytes_per_logit(device.kind, element_bytes, fused=fused)
+    chunk = config.loss.chunk_tokens or positions_per_chunk(per_position, device.kind, device.memory_bytes)
+    return float(per_position * min(chunk, config.train.micro_batch_size * facts.block_size))
 
 
 def check_fit(config: PretrainConfig, memory: Memory, device: Device) -> None:

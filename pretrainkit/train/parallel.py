@@ -151,7 +151,7 @@ def set_up_model(fabric: Any, model: nn.Module, config: PretrainConfig) -> nn.Mo
     checkpoint_activations(model, compute.activation_checkpointing)
     if compute.float8:
         _use_float8(model)
-    if uses_compile(compute, fabric.device):
+    if uses_compile(compute, fabric.device.type):
         for part in (*model.transformer.h, model.transformer.ln_f):  # type: ignore[union-attr, misc]
             part.compile(options=_COMPILER)
     if fabric.world_size == 1:
@@ -163,9 +163,9 @@ def set_up_model(fabric: Any, model: nn.Module, config: PretrainConfig) -> nn.Mo
     return wrapped
 
 
-def uses_compile(compute: ComputeConfig, device: torch.device) -> bool:
+def uses_compile(compute: ComputeConfig, device_type: str) -> bool:
     """Whether blocks are compiled: as configured, on GPUs by default."""
-    return device.type == "cuda" if compute.compile == "auto" else compute.compile
+    return device_type == "cuda" if compute.compile == "auto" else compute.compile
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:

@@ -14,7 +14,15 @@ import pytest
 import torch
 import yaml
 
-from pretrainkit.config import ComputeConfig, DataConfig, GuardConfig, OptimizerArgs, OptimizerConfig, ScheduleConfig
+from pretrainkit.config import (
+    ComputeConfig,
+    DataConfig,
+    GuardConfig,
+    LossConfig,
+    OptimizerArgs,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from pretrainkit.errors import CheckpointError, ConfigError, DatasetError, Interrupted, StorageError, TrainingError
 from pretrainkit.locks import folder_lock
 from pretrainkit.train import checkpoint, loop, parallel, pretrain
@@ -610,6 +618,23 @@ def test_dry_run_counts_the_whole_gradients_that_accumulation_keeps(settings, ca
     with caplog.at_level(logging.INFO):
         pretrain(**(arguments | {"train": settings(train=train)["train"]}))
     assert "gradients 7.93 GB, optimizer 15.86 GB" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "4.00 GB"),  # a twentieth of the GPU
+        ({"loss": LossConfig(chunk_tokens=4096)}, "2.10 GB"),  # 4,096 x 128,256 logits, and gradients, of 2 bytes
+        ({"loss": LossConfig(chunk_tokens=1 << 20)}, "4.20 GB"),  # all of 8 blocks of 1,024
+        ({"loss": LossConfig(chunk_tokens=4096), "compute": ComputeConfig(compile=False)}, "8.41 GB"),
+    ],
+)
+def test_dry_run_counts_a_chunk_of_logits(settings, caplog, values, expected):
+    arguments = settings(dry_run=True, devices=2, train={"global_batch_size": 16, "micro_batch_size": 8}, **values)
+    arguments["model_config"] |= {"block_size": 1024, "vocab_size": 128256, "padded_vocab_size": 128256}
+    with caplog.at_level(logging.INFO):
+        pretrain(**arguments)
+    assert f"logits {expected}" in caplog.text
 
 
 def test_a_save_in_the_background_stays_on_its_ranks_gpu(settings, monkeypatch):
