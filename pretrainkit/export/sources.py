@@ -99,7 +99,7 @@ def _newest_of_run(run: Path) -> Checkpoint:
 
 def _checkpoints_of_run(run: Path) -> list[Path]:
     """Our finished checkpoints, newest first, then what litgpt lays out the same way without a manifest."""
-    from pretrainkit.train.checkpoint import complete_checkpoints
+    from pretrainkit.train.run_folder import complete_checkpoints
 
     finished = complete_checkpoints(run)
     others = [run / "final", *sorted(run.glob("step-*"), key=_step_number, reverse=True)]

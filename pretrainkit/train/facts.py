@@ -16,8 +16,8 @@ from pretrainkit.errors import CheckpointError
 from pretrainkit.models import build_model, check_vocabulary, resolve_config
 from pretrainkit.stream import BlockSource, document_boundary, open_sources
 from pretrainkit.train.arithmetic import RunPlan, plan_run
-from pretrainkit.train.checkpoint import TENSORS_FOLDER
 from pretrainkit.train.parallel import parameter_dtype
+from pretrainkit.train.run_folder import TENSORS_FOLDER
 from pretrainkit.train.state import TrainState
 
 

@@ -24,6 +24,7 @@ class Guard:
         self.norm_average = torch.zeros((), device=device)
         self.num_taken = torch.zeros((), device=device)
         self.verdicts = torch.zeros(config.window, device=device)
+        self.most_skips = torch.zeros((), device=device)  # within any window that ended since they were last taken
 
     def judge(self, norm: torch.Tensor, step: int) -> torch.Tensor:
         """1.0 when the step of this gradient norm must be skipped, else 0.0; both scalars on the device."""
@@ -36,22 +37,29 @@ class Guard:
         self.num_taken += ~bad
         skipped = bad.float()
         self.verdicts[step % self.config.window] = skipped
+        self.most_skips = torch.maximum(self.most_skips, self.verdicts.sum())
         return skipped
 
-    @property
-    def recent_skips(self) -> torch.Tensor:
-        """Steps skipped among the last `window`, a scalar on the device."""
-        return self.verdicts.sum()
+    def take_most_skips(self) -> torch.Tensor:
+        """The most steps that were skipped within `window` at any time since this was last called, on the device."""
+        taken, self.most_skips = self.most_skips, self.verdicts.sum()
+        return taken
+
+    def recent_skips(self) -> int:
+        """Steps skipped among the last `window`; waits for the device."""
+        return int(self.verdicts.sum())
 
     def forget(self) -> None:
         """Start counting skips anew, after going back to a checkpoint."""
         self.verdicts.zero_()
+        self.most_skips.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; waits for the device."""
         return {
             "norm_average": self.norm_average.item(),
             "num_taken": self.num_taken.item(),
+            "most_skips": self.most_skips.item(),
             "verdicts": [index for index, verdict in enumerate(self.verdicts.tolist()) if verdict],
         }
 
@@ -63,3 +71,4 @@ class Guard:
         for index in state["verdicts"]:
             if index < len(self.verdicts):
                 self.verdicts[index] = 1.0
+        self.most_skips.fill_(state.get("most_skips", 0.0))

@@ -16,9 +16,9 @@ from torch import nn
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError
 from pretrainkit.models.masters import cast_masters, stored_state
-from pretrainkit.train.checkpoint import TENSORS_FOLDER, verify_checkpoint
 from pretrainkit.train.manifest import MANIFEST_FILENAME
 from pretrainkit.train.optimizer import own_part
+from pretrainkit.train.run_folder import TENSORS_FOLDER, verify_checkpoint
 from pretrainkit.train.snapshot import Snapshots
 from pretrainkit.train.state import TrainState
 

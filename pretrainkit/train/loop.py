@@ -18,18 +18,19 @@ import torch.distributed as dist
 from pretrainkit.errors import Interrupted, TrainingError
 from pretrainkit.models.masters import cast_masters
 from pretrainkit.stream import BlockLoader
-from pretrainkit.train.checkpoint import newest_whole_checkpoint
 from pretrainkit.train.evaluation import generate, validate
 from pretrainkit.train.metrics import memory_gb, train_line
 from pretrainkit.train.optimizer import gradient_norm, take_step
 from pretrainkit.train.parallel import gather_objects, gradient_sync
 from pretrainkit.train.run import Run
+from pretrainkit.train.run_folder import newest_whole_checkpoint
 from pretrainkit.train.schedule import learning_rate
 from pretrainkit.train.signals import TIME_IS_UP
 from pretrainkit.train.state import DIGEST_MASK, read_record
-from pretrainkit.train.window import Window
 
 logger = logging.getLogger(__name__)
+
+_CLOSING_S = 0.5  # publishing RUN/final, closing the loggers
 
 
 def fit(run: Run) -> None:
@@ -43,34 +44,32 @@ def fit(run: Run) -> None:
     if config.eval.initial_validation and state.step == 0:
         _validate(run)
     loader = run.open_loader(state)
-    window = Window(run.fabric.device, run.plan.world_size, state)
     stop = 0
     while not stop and not _is_last(run):
         run.watchdog.alive(state.step, "computing")
-        _step(run, loader, window)
+        _step(run, loader)
         is_last = _is_last(run)
-        if _due(state.step, config.train.log_interval) or is_last:
-            _log(run, loader, window)
-        with window.paused():
-            if state.recent_skips >= config.guard.max_skips:
+        most_skips = _log(run, loader) if _due(state.step, config.train.log_interval) or is_last else 0
+        with run.window.paused():
+            if most_skips >= config.guard.max_skips:
                 loader.close()
-                loader = _rewind(run)
+                loader = _rewind(run, most_skips)
                 continue
             if _due(state.step, config.eval.interval) and not is_last:
                 _validate(run)
             if _due(state.step, config.train.save_interval) and not is_last:
                 _save(run, loader, background=True)
-            stop = run.ballot.cast(_wish(run, window))
-    with window.paused():
+            stop = run.ballot.cast(_wish(run))
+    with run.window.paused():
         run.watchdog.alive(state.step, "saving")
         folder = _save(run, loader, background=False)
         loader.close()
     _finish(run, folder, stop)
 
 
-def _step(run: Run, loader: BlockLoader, window: Window) -> None:
+def _step(run: Run, loader: BlockLoader) -> None:
     """One optimizer step: accumulate micro batches, judge, clip, step."""
-    state, plan = run.state, run.plan
+    state, plan, window = run.state, run.plan, run.window
     targets = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
     for micro_batch in range(plan.accumulation):
         run.watchdog.alive(state.step, "waiting for data")
@@ -100,11 +99,11 @@ def _step(run: Run, loader: BlockLoader, window: Window) -> None:
     window.add_step(norm, skip, lr)
 
 
-def _log(run: Run, loader: BlockLoader, window: Window) -> None:
-    """Write one row and one line; the only host synchronisation of a logged step."""
+def _log(run: Run, loader: BlockLoader) -> int:
+    """Write one row and one line, the only host synchronisation of a logged step, and return the most recent skips."""
     state, plan = run.state, run.plan
-    numbers = window.read(run.guard.recent_skips)
-    state.recent_skips = int(numbers.pop("recent_skips"))
+    numbers = run.window.read(run.guard.take_most_skips())
+    most_skips = int(numbers.pop("most_skips"))
     _fold_digest(run, loader)
     row = numbers | run.speed.of(plan.tokens_per_step / numbers["step_s"])
     row |= {"memory_gb": memory_gb(), "epoch": state.samples / loader.num_blocks, "goodput": state.goodput}
@@ -117,8 +116,9 @@ def _log(run: Run, loader: BlockLoader, window: Window) -> None:
         if row["skipped"]:
             logger.warning(
                 "step %d: %d step(s) skipped, gradient norm %.3g; %d of the last %d",
-                state.step, row["skipped"], row["grad_norm"], state.recent_skips, run.config.guard.window,
+                state.step, row["skipped"], row["grad_norm"], most_skips, run.config.guard.window,
             )  # fmt: skip
+    return most_skips
 
 
 def _fold_digest(run: Run, loader: BlockLoader) -> None:
@@ -143,7 +143,8 @@ def _validate(run: Run) -> None:
             run.model, run.tokenizer, run.config.eval.prompts, max_new_tokens=run.config.eval.max_new_tokens,
             block_size=run.plan.block_size, device=run.fabric.device,
         )  # fmt: skip
-    run.metrics.write("validation", state, **values, samples=samples, validation_s=time.perf_counter() - start)
+    state.validation_seconds = time.perf_counter() - start
+    run.metrics.write("validation", state, **values, samples=samples, validation_s=state.validation_seconds)
     if run.fabric.is_global_zero:
         bits = values.get("val_bits_per_byte")
         logger.info(
@@ -156,26 +157,27 @@ def _validate(run: Run) -> None:
 
 def _save(run: Run, loader: BlockLoader, *, background: bool) -> Path:
     """Save the state as it stands."""
-    run.watchdog.alive(run.state.step, "saving")
+    state = run.state
+    run.watchdog.alive(state.step, "saving")
     _fold_digest(run, loader)
     run.checkpoints.wait()
+    state.recent_skips = run.guard.recent_skips()
+    state.save_seconds = run.checkpoints.last_seconds or state.save_seconds
     start = time.perf_counter()
     folder = run.checkpoints.save(*run.snapshot(), background=background)
-    run.metrics.write("save", run.state, path=folder.name, blocked_s=time.perf_counter() - start)
+    run.metrics.write("save", state, path=folder.name, blocked_s=time.perf_counter() - start)
     return folder
 
 
-def _rewind(run: Run) -> BlockLoader:
+def _rewind(run: Run, most_skips: int) -> BlockLoader:
     """Go back to the last good checkpoint, and past the data that did harm."""
     state = run.state
     run.checkpoints.wait()
-    folder = newest_whole_checkpoint(
-        run.config.out_dir, run.group, run.fabric.global_rank, run.plan.world_size, which=_is_good
-    )
-    reason = f"{state.recent_skips} of the last {run.config.guard.window} steps were skipped at step {state.step}"
+    reason = f"{most_skips} of {run.config.guard.window} steps were skipped before step {state.step}"
+    folder = _least_skips(run)
     if folder is None:
         raise TrainingError(
-            f"{reason}, and there is no checkpoint without skips to go back to; lower optimizer.init_args.lr or "
+            f"{reason}, and there is no checkpoint with fewer skips to go back to; lower optimizer.init_args.lr or "
             "look at the data"
         )
     if state.rewinds >= run.config.guard.max_rewinds:
@@ -187,7 +189,6 @@ def _rewind(run: Run) -> BlockLoader:
     run.checkpoints.forget_after(folder)
     run.guard.forget()
     state.step, state.tokens, state.train_seconds = before.step, before.tokens, before.train_seconds
-    state.recent_skips = 0
     state.rewinds += 1
     run.replan()
     run.metrics.write("rewind", state, path=folder.name, samples=state.samples)
@@ -196,8 +197,16 @@ def _rewind(run: Run) -> BlockLoader:
     return run.open_loader(state)
 
 
-def _is_good(folder: Path) -> bool:
-    return not read_record(folder)["state"].recent_skips
+def _least_skips(run: Run) -> Path | None:
+    """The newest whole checkpoint with no skips in its guard's window, or else with the fewest, below too many."""
+    counts = run.checkpoints.recent_skips() if run.fabric.is_global_zero else []
+    fewest = gather_objects(min(counts, default=0), run.group)[0]
+    if fewest >= run.config.guard.max_skips:
+        return None
+    return newest_whole_checkpoint(
+        run.config.out_dir, run.group, run.fabric.global_rank, run.plan.world_size,
+        which=lambda folder: read_record(folder)["state"].recent_skips <= fewest,
+    )  # fmt: skip
 
 
 def _is_last(run: Run) -> bool:
@@ -209,14 +218,17 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _wish(run: Run, window: Window) -> int:
+def _wish(run: Run) -> int:
     """This rank's vote on stopping after this step."""
+    state = run.state
     if run.signals.received:
         return run.signals.received
     if run.deadline is None:
         return 0
     # One more step, the one in which the vote arrives, and the save must fit; a save takes about as long as the last.
-    needed = 2 * window.seconds_per_step + 1.5 * (run.checkpoints.last_seconds or 0.0)
+    needed = 2 * run.window.seconds_per_step + 1.5 * (run.checkpoints.last_seconds or state.save_seconds) + _CLOSING_S
+    if run.config.eval.final_validation:
+        needed += state.validation_seconds
     return TIME_IS_UP if time.monotonic() + needed > run.deadline else 0
 
 

@@ -20,6 +20,7 @@ from pretrainkit.train.schedule import Course, plan_course
 from pretrainkit.train.signals import Ballot, SignalWatch
 from pretrainkit.train.state import TrainState
 from pretrainkit.train.watchdog import Watchdog
+from pretrainkit.train.window import Window
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,8 @@ class Run:
     """Hold every parameter once."""
     guard: Guard
     """Judges steps."""
+    window: Window
+    """What happened since the last log line."""
     state: TrainState
     """Where the run stands."""
     open_loader: Callable[[TrainState], BlockLoader]

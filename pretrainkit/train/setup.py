@@ -29,14 +29,15 @@ from pretrainkit.models import flops_per_token, num_parameters
 from pretrainkit.storage import storage_errors, write_atomic
 from pretrainkit.stream import BlockLoader, ValidationLoader
 from pretrainkit.topology import detect
-from pretrainkit.train import checkpoint as checkpoints
+from pretrainkit.train import run_folder
 from pretrainkit.train.arithmetic import RunPlan
+from pretrainkit.train.checkpoint import CheckpointWriter
 from pretrainkit.train.evaluation import open_validation
 from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model, open_training_sources, plan_from
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.initial import load_initial
 from pretrainkit.train.loop import fit
-from pretrainkit.train.manifest import MANIFEST_FILENAME
+from pretrainkit.train.manifest import MANIFEST_FILENAME, read_manifest
 from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, Speed, peak_flops
 from pretrainkit.train.optimizer import build_optimizer
 from pretrainkit.train.parallel import cpu_group, gather_objects, set_up_model, start_fabric, together
@@ -47,6 +48,7 @@ from pretrainkit.train.signals import Ballot, SignalWatch
 from pretrainkit.train.snapshot import Snapshots
 from pretrainkit.train.state import TrainState, config_to_dict, read_record
 from pretrainkit.train.watchdog import Watchdog
+from pretrainkit.train.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +88,9 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
         check_beginning(config)
     state = TrainState() if start is None else read_record(start)["state"]
     plan = plan_from(state, config, facts)
-    if start is not None and _is_finished(config, start, plan):
+    if start is not None and _is_finished(config, start, state.step, plan, group, rank, world_size):
         if rank == 0:
-            logger.info("this run is finished: %s", config.out_dir / checkpoints.FINAL_FOLDER)
+            logger.info("this run is finished: %s", config.out_dir / run_folder.FINAL_FOLDER)
         return
     validates = config.eval.interval or config.eval.initial_validation or config.eval.final_validation
     validation = together(
@@ -100,16 +102,17 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
     wrapped = set_up_model(fabric, model, config)
     optimizers = build_optimizer(model, config.optimizer)
     guard = Guard(config.guard, fabric.device)
-    snapshots = Snapshots(config, facts, model, optimizers, guard, state, group)
+    window = Window(fabric.device, world_size, state)
+    snapshots = Snapshots(config, facts, model, optimizers, guard, window, state, group)
     changed: list[str] = []
     if start is not None:
-        changed = snapshots.resume(start, speak=rank == 0)
+        changed = snapshots.resume(start, rank=rank)
     else:
         load_initial(config, model, snapshots, state, group)
     state.portions = plan.portions
     if is_new:
         together(lambda: _hold_folder(config, rank, held), group)
-    metrics = together(lambda: _open_folder(config, state, rank), group)
+    metrics = together(lambda: _open_folder(config, state, rank, start), group)
     if rank == 0:
         _introduce(config, facts, plan, fabric)
     metrics.write(
@@ -127,13 +130,12 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
         bare_model=model,
         optimizers=optimizers,
         guard=guard,
+        window=window,
         state=state,
         open_loader=functools.partial(_open_loader, config, facts, rank, world_size),
         validation=validation,
         tokenizer=side_files.tokenizer,
-        checkpoints=checkpoints.CheckpointWriter(
-            config.out_dir, config.checkpoint, side_files.write, cpu_group(), rank
-        ),
+        checkpoints=_checkpoint_writer(config, side_files, start, state, rank),
         snapshot=snapshots.take,
         restore=snapshots.restore,
         metrics=metrics,
@@ -165,30 +167,35 @@ def _check_files(facts: Facts, validation: Mapping[str, ValidationLoader]) -> No
 
 
 def _hold_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) -> None:
-    """Let no second run write into the folder, or clear away what this one is about to save.
+    """Let no second run write into the folder, or clear away what this one is about to save; mend what a kill tore.
 
     Raises:
         CheckpointError: Another program's results are in it, which ours would replace.
         StorageError: Another run is in it, and stays.
     """
     if rank == 0:
-        foreign = checkpoints.foreign_results(config.out_dir)
+        foreign = run_folder.foreign_results(config.out_dir)
         if foreign and not (config.out_dir / METRICS_FILENAME).exists():  # which our runs begin with
             raise CheckpointError(
                 f"{config.out_dir} holds {foreign[0]}, which is of no run and would be replaced; give another "
                 "--out_dir, or move it away"
             )
         held.enter_context(folder_lock(config.out_dir, "train", wait=_HOLDER_GRACE_S))
+        with storage_errors(f"write {config.out_dir}"):
+            run_folder.bring_back_replaced(config.out_dir)
 
 
-def _open_folder(config: PretrainConfig, state: TrainState, rank: int) -> MetricsWriter:
-    """Rank 0 leaves the configuration in the run's folder, clears away what was interrupted, and opens the metrics."""
+def _open_folder(config: PretrainConfig, state: TrainState, rank: int, start: Path | None) -> MetricsWriter:
+    """Rank 0 leaves the configuration in the run's folder, clears away what does not count, and opens the metrics."""
     settings = config_to_dict(config)
     if rank == 0:
         with storage_errors(f"write {config.out_dir / METRICS_FILENAME}"):
             (config.out_dir / METRICS_FILENAME).touch()  # first: it shows whose folder this is
-        write_atomic(config.out_dir / checkpoints.CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
-        checkpoints.sweep_unfinished(config.out_dir)
+        write_atomic(config.out_dir / run_folder.CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
+        with storage_errors(f"write {config.out_dir}"):
+            run_folder.sweep_unfinished(config.out_dir)
+            for path in run_folder.set_aside_newer(config.out_dir, start):
+                logger.warning("set aside, because the run goes on from before it: %s", path)
     return MetricsWriter(config, settings, state, rank=rank)
 
 
@@ -216,14 +223,14 @@ def _starting_point(config: PretrainConfig, group: Any, rank: int, world_size: i
         with.
     """
     if isinstance(config.resume, Path):
-        checkpoints.verify_checkpoint(config.resume, group, rank, world_size)
+        run_folder.verify_checkpoint(config.resume, group, rank, world_size)
         return config.resume
     if config.resume:
-        folder = checkpoints.newest_whole_checkpoint(config.out_dir, group, rank, world_size)
+        folder = run_folder.newest_whole_checkpoint(config.out_dir, group, rank, world_size)
         if folder is None and config.resume is True:
             raise CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
         return folder
-    present = checkpoints.complete_checkpoints(config.out_dir)
+    present = run_folder.complete_checkpoints(config.out_dir)
     if present:
         raise CheckpointError(
             f"{config.out_dir} already holds a run ({present[0].name}); add --resume=auto to go on, or give another "
@@ -232,12 +239,32 @@ def _starting_point(config: PretrainConfig, group: Any, rank: int, world_size: i
     return None
 
 
-def _is_finished(config: PretrainConfig, start: Path, plan: RunPlan) -> bool:
-    final = config.out_dir / checkpoints.FINAL_FOLDER
-    if plan.total_steps is None or not (final / MANIFEST_FILENAME).is_file():
+def _is_finished(
+    config: PretrainConfig, start: Path, step: int, plan: RunPlan, group: Any, rank: int, world_size: int
+) -> bool:
+    """Whether RUN/final is what this run would end in. Call on every rank."""
+    final = config.out_dir / run_folder.FINAL_FOLDER
+    if plan.total_steps is None or step < plan.total_steps:
         return False
-    done: int = read_record(start)["state"].step
-    return done >= plan.total_steps and read_record(final)["state"].step == done
+    is_there = (final / MANIFEST_FILENAME).is_file() and run_folder.claimed_step(final) == step
+    if not gather_objects(is_there, group)[0]:
+        return False
+    if start.resolve() == final.resolve():
+        return True
+    try:  # it is made anew when it is damaged, or not a copy of the checkpoint that it should be one of
+        run_folder.verify_checkpoint(final, group, rank, world_size)
+    except CheckpointError:
+        return False
+    return read_manifest(final) == read_manifest(start)
+
+
+def _checkpoint_writer(
+    config: PretrainConfig, side_files: SideFiles, start: Path | None, state: TrainState, rank: int
+) -> CheckpointWriter:
+    own = start is not None and start.resolve() == run_folder.step_folder(config.out_dir, state.step).resolve()
+    return CheckpointWriter(
+        config.out_dir, config.checkpoint, side_files.write, cpu_group(), rank, start=state if own else None
+    )
 
 
 def _open_loader(config: PretrainConfig, facts: Facts, rank: int, world_size: int, state: TrainState) -> BlockLoader:

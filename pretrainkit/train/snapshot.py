@@ -22,10 +22,11 @@ from pretrainkit.errors import CheckpointError
 from pretrainkit.models.masters import cast_masters, stored, stored_state
 from pretrainkit.stream import Cursor
 from pretrainkit.stream.cursor import differences
-from pretrainkit.train.checkpoint import TENSORS_FOLDER
 from pretrainkit.train.facts import Facts
 from pretrainkit.train.guard import Guard
+from pretrainkit.train.run_folder import TENSORS_FOLDER
 from pretrainkit.train.state import TrainState, changes, config_to_dict, read_record
+from pretrainkit.train.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Snapshots:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         guard: Guard,
+        window: Window,
         state: TrainState,
         group: Any,
     ) -> None:
@@ -51,6 +53,7 @@ class Snapshots:
         self._model = model
         self._optimizers = optimizers
         self._guard = guard
+        self._window = window
         self._state = state
         self._group = group
 
@@ -70,6 +73,7 @@ class Snapshots:
         record = {
             "state": dataclasses.asdict(self._state),
             "guard": self._guard.state_dict(),
+            "window": self._window.state(),
             "config": config_to_dict(self._config),
             "model_config": self._model_config(),
             "datasets": [source.fingerprint for source in self._facts.sources],
@@ -99,7 +103,7 @@ class Snapshots:
         self._guard.load_state_dict(record["guard"])
         return record
 
-    def resume(self, folder: Path, *, speak: bool) -> list[str]:
+    def resume(self, folder: Path, *, rank: int) -> list[str]:
         """Go on from the checkpoint that the counters are from, and say what is different from the run that wrote it.
 
         Returns:
@@ -116,7 +120,9 @@ class Snapshots:
             different.append(
                 "the order of the data: what is left of this pass repeats some blocks and leaves out others"
             )
-        if speak:
+        if "window" in record:
+            self._window.go_on(record["window"], rank)
+        if rank == 0:
             logger.info("going on from %s, after step %d and %s blocks", folder, state.step, f"{state.samples:,}")
             for line in different:
                 logger.warning("changed since that checkpoint: %s", line)

@@ -50,6 +50,10 @@ class TrainState:
     """Steps of one size each: a new one begins where the batch size was changed."""
     train_seconds: float = 0.0
     """Time spent in steps that this state contains."""
+    save_seconds: float = 0.0
+    """Time the last save took: what `train.max_time` must leave room for."""
+    validation_seconds: float = 0.0
+    """Time the last validation took: likewise, where there is one at the end."""
     begun_at: float = field(default_factory=time.time)
     """Unix time of the run's very first start."""
     restarts: int = 0

@@ -71,17 +71,30 @@ class Window:
         if self._steps:
             self.seconds_per_step = self._seconds / self._steps
 
-    def read(self, recent_skips: torch.Tensor) -> dict[str, float]:
+    def state(self) -> list[float]:
+        """The sums over all ranks, for a checkpoint. Waits for the device; call on every rank."""
+        sums = self._sums.clone()
+        if self._world_size > 1:
+            dist.all_reduce(sums)
+        result: list[float] = sums.tolist()
+        return result
+
+    def go_on(self, sums: list[float], rank: int) -> None:
+        """Go on with a checkpoint's sums, so that the next line is of all its steps; one rank takes them."""
+        if rank == 0:
+            self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
+    def read(self, most_skips: torch.Tensor) -> dict[str, float]:
         """The window's numbers over all ranks; begins the next window. Call on every rank.
 
         Args:
-            recent_skips: Scalar on the device; comes back with the rest, so that one synchronisation serves both.
+            most_skips: Scalar on the device; comes back with the rest, so that one synchronisation serves both.
         """
         waited = torch.tensor([self._wait_seconds], dtype=torch.float64).to(self._device)
         sums = torch.cat([self._sums, waited])
         if self._world_size > 1:
             dist.all_reduce(sums)
-        numbers = torch.cat([sums, torch.stack([self._norm, recent_skips]).double()]).tolist()
+        numbers = torch.cat([sums, torch.stack([self._norm, most_skips]).double()]).tolist()
         cross_entropy, z_square, targets, skipped, waited_s, norm, skips = numbers
         self._bank()
         result = {
@@ -90,7 +103,7 @@ class Window:
             "grad_norm": norm,
             "learning_rate": self.learning_rate,
             "skipped": round(skipped),
-            "recent_skips": round(skips),
+            "most_skips": round(skips),
             "step_s": self.seconds_per_step,
             "data_wait": waited_s / self._world_size / self._seconds,
         }

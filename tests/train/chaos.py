@@ -159,7 +159,7 @@ def compare(reference: Path, run: Path, exact: bool) -> None:
     """Raise AssertionError where a disturbed run ended differently."""
     import torch
 
-    from pretrainkit.train.checkpoint import complete_checkpoints, verify_checkpoint
+    from pretrainkit.train.run_folder import complete_checkpoints, verify_checkpoint
 
     ours, theirs = digests(run), digests(reference)
     assert {step: ours[step] for step in ours} == {step: theirs[step] for step in ours}

@@ -15,13 +15,14 @@ import torch
 
 from pretrainkit.config import CheckpointConfig, GuardConfig, OptimizerArgs, OptimizerConfig, PretrainConfig
 from pretrainkit.errors import CheckpointError, StorageError
-from pretrainkit.train.checkpoint import CheckpointWriter, complete_checkpoints, sweep_unfinished, verify_checkpoint
+from pretrainkit.train.checkpoint import CheckpointWriter
 from pretrainkit.train.dcp import read_tensors
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.loggers import open_logger
 from pretrainkit.train.manifest import MANIFEST_FILENAME, hash_files, read_manifest, verify_files, write_manifest
 from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, peak_flops, train_line
 from pretrainkit.train.optimizer import Muon, build_optimizer, gradient_norm, take_step
+from pretrainkit.train.run_folder import complete_checkpoints, sweep_unfinished, verify_checkpoint
 from pretrainkit.train.signals import Ballot, SignalWatch
 from pretrainkit.train.state import TrainState, changes, read_record
 
@@ -35,7 +36,7 @@ def test_the_guard_skips_what_is_not_finite_and_spikes_but_not_early_ones():
     guard = Guard(GuardConfig(spike_factor=3.0, warmup_steps=2, max_skips=1, window=10), torch.device("cpu"))
     norms = [50.0, 1.0, 1.0, 4000.0, float("nan"), float("inf"), 1.0]
     assert [guard.judge(torch.tensor(norm), step).item() for step, norm in enumerate(norms)] == [0, 0, 0, 1, 1, 1, 0]
-    assert guard.recent_skips.item() == 3
+    assert guard.recent_skips() == 3
     assert guard.num_taken.item() == 4
 
 
@@ -44,7 +45,7 @@ def test_the_guard_forgets_old_verdicts_and_survives_a_save():
     guard = Guard(config, torch.device("cpu"))
     for step, norm in enumerate([float("nan"), 1.0, float("nan"), 2.0]):
         guard.judge(torch.tensor(norm), step)
-    assert guard.recent_skips.item() == 1  # the first verdict's place was taken by the fourth
+    assert guard.recent_skips() == 1  # the first verdict's place was taken by the fourth
     again = Guard(config, torch.device("cpu"))
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert again.state_dict() == guard.state_dict()

@@ -389,7 +389,7 @@ def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(settings, tm
 def test_nothing_but_bad_steps_ends_the_run_with_one_line(settings, monkeypatch):
     poison(monkeypatch, range(1000))
     with pytest.raises(
-        TrainingError, match="3 of the last 100 steps were skipped at step 3, and there is no checkpoint"
+        TrainingError, match="3 of 100 steps were skipped before step 3, and there is no checkpoint"
     ):
         pretrain(**settings(guard=GuardConfig(max_skips=3)))
 
