@@ -8,9 +8,9 @@ complete.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
+import math
 import os
 import shutil
 import threading
@@ -32,6 +32,7 @@ from pretrainkit.train.run_folder import (
     complete_checkpoints,
     forget_after,
     link_final,
+    newest_whole_checkpoint,
     remove_old,
     step_folder,
 )
@@ -78,7 +79,7 @@ class CheckpointWriter:
         Args:
             tensors: {"model": ..., "optimizer": ...}; on return they may change again.
             record: Content of state.json.
-            background: Return as soon as the tensors are copied.
+            background: Training goes on, also when the save fails; where configured, as soon as the tensors are copied.
 
         Raises:
             StorageError: `background` is false and the files could not be written.
@@ -89,12 +90,15 @@ class CheckpointWriter:
         folder = step_folder(self.out_dir, record["state"]["step"])
         if _place(record) == self._saved:
             return folder
-        if background and self._config.asynchronous:
+        if not background:
+            self._write(tensors, record, folder)
+        elif self._config.asynchronous:
             arguments = (copy_to_cpu(tensors), record, folder, _current_gpu())
             self._thread = threading.Thread(target=self._try_to_write, args=arguments, daemon=True)
             self._thread.start()
         else:
-            self._write(tensors, record, folder)
+            self._try_to_write(tensors, record, folder, None)
+            self.wait()
         return folder
 
     def wait(self) -> None:
@@ -185,13 +189,20 @@ class CheckpointWriter:
                 shutil.rmtree(replaced)
             remove_old(self.out_dir, self._config, folder)
 
-    def recent_skips(self) -> list[int]:
-        """For every checkpoint that can be read, whole or not, how many steps were skipped shortly before it."""
-        counts = []
-        for folder in complete_checkpoints(self.out_dir):
-            with contextlib.suppress(CheckpointError):
-                counts.append(read_record(folder)["state"].recent_skips)
-        return counts
+    def with_fewest_skips(self, below: int, world_size: int) -> Path | None:
+        """The newest whole checkpoint with no steps skipped shortly before it, or else the fewest. Call on every rank.
+
+        Args:
+            below: So many skips are too many.
+            world_size: Ranks.
+        """
+        counts = [_recent_skips(folder) for folder in complete_checkpoints(self.out_dir)] if self._rank == 0 else []
+        fewest = gather_objects(min(counts, default=below), self._group)[0]
+        if fewest >= below:
+            return None
+        return newest_whole_checkpoint(
+            self.out_dir, self._group, self._rank, world_size, which=lambda folder: _recent_skips(folder) <= fewest
+        )
 
     def forget_after(self, folder: Path) -> None:
         """Let this be the newest checkpoint, after a rewind to it."""
@@ -211,6 +222,13 @@ class CheckpointWriter:
                 link_final(folder, final)
         together(lambda: None, self._group)  # nobody goes on before it is there
         return final
+
+
+def _recent_skips(folder: Path) -> float:
+    try:
+        return float(read_record(folder)["state"].recent_skips)
+    except CheckpointError:
+        return math.inf
 
 
 def _current_gpu() -> int | None:

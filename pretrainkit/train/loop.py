@@ -23,10 +23,9 @@ from pretrainkit.train.metrics import memory_gb, train_line
 from pretrainkit.train.optimizer import gradient_norm, take_step
 from pretrainkit.train.parallel import gather_objects, gradient_sync
 from pretrainkit.train.run import Run
-from pretrainkit.train.run_folder import newest_whole_checkpoint
 from pretrainkit.train.schedule import learning_rate
 from pretrainkit.train.signals import TIME_IS_UP
-from pretrainkit.train.state import DIGEST_MASK, read_record
+from pretrainkit.train.state import DIGEST_MASK
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +173,7 @@ def _rewind(run: Run, most_skips: int) -> BlockLoader:
     state = run.state
     run.checkpoints.wait()
     reason = f"{most_skips} of {run.config.guard.window} steps were skipped before step {state.step}"
-    folder = _least_skips(run)
+    folder = run.checkpoints.with_fewest_skips(run.config.guard.max_skips, run.plan.world_size)
     if folder is None:
         raise TrainingError(
             f"{reason}, and there is no checkpoint with fewer skips to go back to; lower optimizer.init_args.lr or "
@@ -197,18 +196,6 @@ def _rewind(run: Run, most_skips: int) -> BlockLoader:
     return run.open_loader(state)
 
 
-def _least_skips(run: Run) -> Path | None:
-    """The newest whole checkpoint with no skips in its guard's window, or else with the fewest, below too many."""
-    counts = run.checkpoints.recent_skips() if run.fabric.is_global_zero else []
-    fewest = gather_objects(min(counts, default=0), run.group)[0]
-    if fewest >= run.config.guard.max_skips:
-        return None
-    return newest_whole_checkpoint(
-        run.config.out_dir, run.group, run.fabric.global_rank, run.plan.world_size,
-        which=lambda folder: read_record(folder)["state"].recent_skips <= fewest,
-    )  # fmt: skip
-
-
 def _is_last(run: Run) -> bool:
     total_steps = run.plan.total_steps
     return total_steps is not None and run.state.step >= total_steps
@@ -220,15 +207,14 @@ def _due(step: int, interval: int | None) -> bool:
 
 def _wish(run: Run) -> int:
     """This rank's vote on stopping after this step."""
-    state = run.state
     if run.signals.received:
         return run.signals.received
     if run.deadline is None:
         return 0
     # One more step, the one in which the vote arrives, and the save must fit; a save takes about as long as the last.
-    needed = 2 * run.window.seconds_per_step + 1.5 * (run.checkpoints.last_seconds or state.save_seconds) + _CLOSING_S
+    needed = 2 * run.window.seconds_per_step + 1.5 * run.save_seconds + _CLOSING_S
     if run.config.eval.final_validation:
-        needed += state.validation_seconds
+        needed += run.state.validation_seconds
     return TIME_IS_UP if time.monotonic() + needed > run.deadline else 0
 
 
@@ -239,6 +225,11 @@ def _finish(run: Run, folder: Path, stop: int) -> None:
         run.metrics.write("stop", state, signal=stop)
         name = signal.Signals(stop).name
         raise Interrupted(f"stopped by {name} after step {state.step}; saved, go on with --resume=auto", stop)
+    if not run.guard.num_taken:
+        raise TrainingError(
+            f"not one of {state.step} steps was taken, for no gradient was finite; lower optimizer.init_args.lr, or "
+            "look at the first weights and at the data"
+        )
     if run.config.eval.final_validation:
         _validate(run)
     run.watchdog.alive(state.step, "finishing")

@@ -130,6 +130,18 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def earlier_starts(out_dir: Path) -> list[float]:
+    """When a run in this folder was started or resumed before, Unix times in order."""
+    times = []
+    path = out_dir / METRICS_FILENAME
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+            row = json.loads(line)
+            if row["event"] in ("start", "resume"):
+                times.append(float(row["time"]))
+    return times
+
+
 def _cut_torn_line(path: Path) -> None:
     """Remove a last line without its end, left by a kill."""
     if not path.is_file():

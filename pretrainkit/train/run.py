@@ -22,6 +22,9 @@ from pretrainkit.train.state import TrainState
 from pretrainkit.train.watchdog import Watchdog
 from pretrainkit.train.window import Window
 
+# Bytes per second that each rank can count on while all of them write.
+_SLOW_STORE = 2e8
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -75,6 +78,15 @@ class Run:
     """gloo group for small messages between hosts; None with one rank."""
     deadline: float | None
     """`time.monotonic()` at which everything must be saved; None without a limit."""
+
+    @property
+    def save_seconds(self) -> float:
+        """What the next save may take: as long as the last; before the first, its bytes at the pace of a slow store."""
+        known = self.checkpoints.last_seconds or self.state.save_seconds
+        if known:
+            return known
+        num_bytes: int = sum(value.numel() * value.element_size() for value in self.bare_model.state_dict().values())
+        return 3.0 * num_bytes / self.plan.world_size / _SLOW_STORE  # with the two averages of AdamW
 
     def replan(self) -> None:
         """Plan the rest from where the state stands now."""

@@ -38,7 +38,7 @@ from pretrainkit.train.guard import Guard
 from pretrainkit.train.initial import load_initial
 from pretrainkit.train.loop import fit
 from pretrainkit.train.manifest import MANIFEST_FILENAME, read_manifest
-from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, Speed, peak_flops
+from pretrainkit.train.metrics import METRICS_FILENAME, MetricsWriter, Speed, earlier_starts, peak_flops
 from pretrainkit.train.optimizer import build_optimizer
 from pretrainkit.train.parallel import cpu_group, gather_objects, set_up_model, start_fabric, together
 from pretrainkit.train.run import Run
@@ -111,7 +111,7 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
         load_initial(config, model, snapshots, state, group)
     state.portions = plan.portions
     if is_new:
-        together(lambda: _hold_folder(config, rank, held), group)
+        together(lambda: _hold_new_folder(config, rank, held), group)
     metrics = together(lambda: _open_folder(config, state, rank, start), group)
     if rank == 0:
         _introduce(config, facts, plan, fabric)
@@ -185,12 +185,29 @@ def _hold_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) 
             run_folder.bring_back_replaced(config.out_dir)
 
 
+def _hold_new_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) -> None:
+    """Likewise, of a folder that was not there when this run looked for a checkpoint to go on from.
+
+    Raises:
+        CheckpointError: Another run was there since.
+    """
+    _hold_folder(config, rank, held)
+    if rank == 0 and run_folder.complete_checkpoints(config.out_dir):
+        raise CheckpointError(
+            f"another run began in {config.out_dir} meanwhile; add --resume=auto to go on with it, or give another "
+            "--out_dir"
+        )
+
+
 def _open_folder(config: PretrainConfig, state: TrainState, rank: int, start: Path | None) -> MetricsWriter:
     """Rank 0 leaves the configuration in the run's folder, clears away what does not count, and opens the metrics."""
     settings = config_to_dict(config)
     if rank == 0:
         with storage_errors(f"write {config.out_dir / METRICS_FILENAME}"):
             (config.out_dir / METRICS_FILENAME).touch()  # first: it shows whose folder this is
+            starts = earlier_starts(config.out_dir) if start is None else []
+        if starts:  # a run that was killed before its first checkpoint began then, not now
+            state.begun_at, state.restarts = starts[0], len(starts)
         write_atomic(config.out_dir / run_folder.CONFIG_FILENAME, yaml.safe_dump(settings, sort_keys=False))
         with storage_errors(f"write {config.out_dir}"):
             run_folder.sweep_unfinished(config.out_dir)
@@ -229,6 +246,8 @@ def _starting_point(config: PretrainConfig, group: Any, rank: int, world_size: i
         folder = run_folder.newest_whole_checkpoint(config.out_dir, group, rank, world_size)
         if folder is None and config.resume is True:
             raise CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
+        if folder is None and rank == 0 and run_folder.complete_checkpoints(config.out_dir):
+            logger.warning("%s holds no whole checkpoint: the run begins anew", config.out_dir)
         return folder
     present = run_folder.complete_checkpoints(config.out_dir)
     if present:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from pretrainkit.config import (
+    CheckpointConfig,
     ComputeConfig,
     DataConfig,
     GuardConfig,
@@ -308,13 +309,13 @@ def test_a_rewind_passes_over_a_damaged_checkpoint(settings, rows, monkeypatch, 
     arguments = settings(guard=GuardConfig(max_skips=3), train={"save_interval": 2})
     rewind = loop._rewind
 
-    def after_damage(run):
+    def after_damage(run, most_skips):
         run.checkpoints.wait()
         tensors = next((arguments["out_dir"] / "step-00000004" / "lit_model.pth").glob("*.distcp"))
         content = bytearray(tensors.read_bytes())
         content[len(content) // 2] ^= 1
         tensors.write_bytes(content)
-        return rewind(run)
+        return rewind(run, most_skips)
 
     monkeypatch.setattr(loop, "_rewind", after_damage)
     pretrain(**arguments)
@@ -388,9 +389,7 @@ def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(settings, tm
 
 def test_nothing_but_bad_steps_ends_the_run_with_one_line(settings, monkeypatch):
     poison(monkeypatch, range(1000))
-    with pytest.raises(
-        TrainingError, match="3 of 100 steps were skipped before step 3, and there is no checkpoint"
-    ):
+    with pytest.raises(TrainingError, match="3 of 100 steps were skipped before step 3, and there is no checkpoint"):
         pretrain(**settings(guard=GuardConfig(max_skips=3)))
 
 
@@ -554,7 +553,8 @@ def test_a_chunk_that_a_run_would_only_come_to_later_is_named_at_its_start(setti
     assert not arguments["out_dir"].exists()
 
 
-def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch, caplog):
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch, caplog, asynchronous):
     whole = checkpoint.write_manifest
 
     def full(folder, step, files):
@@ -563,7 +563,7 @@ def test_a_failed_save_is_said_and_training_goes_on(settings, rows, monkeypatch,
         whole(folder, step, files)
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    arguments = settings()
+    arguments = settings(checkpoint=CheckpointConfig(asynchronous=asynchronous))
     pretrain(**arguments)
     assert "a checkpoint could not be saved: cannot write" in caplog.text
     assert "the disk is full" in caplog.text
