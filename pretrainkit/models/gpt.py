@@ -1,7 +1,8 @@
 """litgpt's GPT for training: its modules and state-dict keys, with attention masks of our own and the loss inside.
 
 Comes in: blocks of tokens, (micro_batch, block_size + 1). Goes out: a `LossOutput` of scalars, so that no wrapper ever
-copies or converts logits. Guarantee: without a document mask, the loss and its gradients are those of litgpt's GPT.
+copies or converts logits. Guarantee: without a document mask, the loss and its gradients are those of litgpt's GPT;
+under autocast but for rounding, since blocks hand on bf16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Validation batches: the same blocks at every validation, the same number of batches on every rank.
 
 Comes in: an opened validation split. Goes out: micro batches for one rank. Guarantee: all ranks get equally many
-batches, so that none waits for another for ever; the blocks are a fixed sample of the whole split, whatever the number
-of ranks.
+batches, so that none waits for another for ever; the blocks are the first so many of one shuffle of the whole split:
+how many follows from the batch, the limit and the ranks.
 """
 
 from __future__ import annotations
