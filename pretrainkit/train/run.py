@@ -79,14 +79,15 @@ class Run:
     deadline: float | None
     """`time.monotonic()` at which everything must be saved; None without a limit."""
 
+    def __post_init__(self) -> None:
+        num_bytes: int = sum(value.numel() * value.element_size() for value in self.bare_model.state_dict().values())
+        # With the two averages of AdamW.
+        self._first_save_seconds = 3.0 * num_bytes / self.plan.world_size / _SLOW_STORE
+
     @property
     def save_seconds(self) -> float:
         """What the next save may take: as long as the last; before the first, its bytes at the pace of a slow store."""
-        known = self.checkpoints.last_seconds or self.state.save_seconds
-        if known:
-            return known
-        num_bytes: int = sum(value.numel() * value.element_size() for value in self.bare_model.state_dict().values())
-        return 3.0 * num_bytes / self.plan.world_size / _SLOW_STORE  # with the two averages of AdamW
+        return self.checkpoints.last_seconds or self.state.save_seconds or self._first_save_seconds
 
     def replan(self) -> None:
         """Plan the rest from where the state stands now."""
