@@ -311,7 +311,8 @@ class PretrainConfig:
     initial_checkpoint_dir: Path | None = None
     """Begin with the weights of this checkpoint: ours, or a litgpt folder."""
     resume: bool | Literal["auto"] | Path = False
-    """true or auto: go on from the newest whole checkpoint in out_dir (auto starts anew where there is none)."""
+    """true or auto: go on from the newest whole checkpoint in out_dir (auto starts anew where there is none); a
+    checkpoint's folder: from that one, and newer ones in out_dir are set aside."""
     data: DataConfig = DataConfig()
     """What is read, and how."""
     train: TrainConfig = TrainConfig()
