@@ -249,7 +249,7 @@ def test_document_mask_equals_each_document_alone(kind, name):
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # slow, but the same numbers
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "latent"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "latent"])
 def test_flex_attention_sees_what_the_plain_mask_allows(kind, monkeypatch):
     from torch.nn.attention import flex_attention
 
@@ -266,6 +266,29 @@ def test_flex_attention_sees_what_the_plain_mask_allows(kind, monkeypatch):
         sparse = model(tokens)
     torch.testing.assert_close(sparse.loss, plain.loss, rtol=1e-6, atol=0)
     assert sparse.num_targets == plain.num_targets == 3 * (199 - 3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_caps_scores_without_any_mask_too(monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    from pretrainkit.models import attention, gpt
+
+    model = build({**GEMMA, "sliding_window_size": 200, "block_size": 200})
+    tokens, seen = random_tokens(batch=2, length=129), []
+
+    def watched(*inputs, **options):
+        seen.append(options["score_mod"](torch.tensor(7.0)))
+        return flex_attention.flex_attention(*inputs, **options)
+
+    with torch.no_grad():
+        plain = model(tokens)
+        monkeypatch.setattr(gpt, "_has_flex_kernels", lambda device: True)
+        monkeypatch.setattr(gpt, "flex", vars(flex_attention))
+        monkeypatch.setattr(attention, "flex", {"flex_attention": watched})
+        sparse = model(tokens)
+    assert seen == [5.0 * torch.tanh(torch.tensor(7.0 / 5.0))] * 2
+    torch.testing.assert_close(sparse.loss, plain.loss, rtol=1e-6, atol=0)
 
 
 def test_boundary_without_its_marker_is_refused():

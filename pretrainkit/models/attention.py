@@ -28,6 +28,15 @@ def load_flex() -> None:
         flex["flex_attention"] = torch.compile(flex_attention)
 
 
+def _soft_cap(cap: float) -> Callable[..., torch.Tensor]:
+    """What FlexAttention makes of a scaled score: cap x tanh(score / cap)."""
+
+    def capped(score: torch.Tensor, *_places: Any) -> torch.Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
 class _FlexMixin:
     """litgpt's attention with one more kind of mask."""
 
@@ -41,7 +50,9 @@ class _FlexMixin:
         if mask is not None and not isinstance(mask, torch.Tensor):
             # Under autocast a norm on queries and keys leaves them in fp32; the kernel wants one type.
             q, k = q.to(v.dtype), k.to(v.dtype)
-            y: torch.Tensor = flex["flex_attention"](q, k, v, block_mask=mask, scale=scale, enable_gqa=groups > 1)
+            cap = config.attention_logit_softcapping
+            options = {"scale": scale, "enable_gqa": groups > 1, "score_mod": None if cap is None else _soft_cap(cap)}
+            y: torch.Tensor = flex["flex_attention"](q, k, v, block_mask=mask, **options)
             return y.transpose(1, 2)
         if groups > 1 and mask is None and config.attention_logit_softcapping is None and v.dtype != torch.float32:
             y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -174,11 +174,12 @@ class PretrainGPT(SketchableGPT):
         self, inputs: torch.Tensor, document_ids: torch.Tensor | None, window: int | None, with_kernels: bool
     ) -> Any:
         """None for plain causal attention, a FlexAttention block mask on a GPU, else a matrix."""
-        if document_ids is None and window is None:
+        soft_capped = self.config.attention_logit_softcapping is not None
+        sparse = with_kernels and _has_flex_kernels(inputs.device)
+        if document_ids is None and window is None and not (sparse and soft_capped):
             return None
         batch, length = inputs.shape
-        soft_capped = self.config.attention_logit_softcapping is not None
-        if with_kernels and _has_flex_kernels(inputs.device) and not soft_capped:
+        if sparse:
             return _block_mask(batch, length, document_ids, window, inputs.device)
         allowed = allowed_attention(length, document_ids, window, inputs.device)
         if soft_capped:  # litgpt adds this mask to the scores instead of handing it to PyTorch

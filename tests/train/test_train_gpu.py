@@ -86,11 +86,12 @@ def test_going_on_equals_the_uninterrupted_run(kind, arguments, rows, tmp_path):
         assert losses[row["step"]] == pytest.approx(row["loss"], rel=2e-3)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_documents_and_windows_are_those_of_the_plain_mask(window, monkeypatch):
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (100, None), (100, 5.0)])
+def test_documents_and_windows_are_those_of_the_plain_mask(window, cap, monkeypatch):
     keys = WIDER | {"block_size": 500, "n_layer": 2, "padded_vocab_size": 96, "vocab_size": 96, "bias": False}
     if window is not None:
         keys |= {"sliding_window_size": window, "sliding_window_indices": [1, 0]}
+    keys |= {"attention_logit_softcapping": cap}
     config = models.resolve_config(None, keys)
     with torch.device("cuda"):
         model = models.build_model(
