@@ -19,8 +19,10 @@ from pretrainkit.storage import write_atomic
 
 TokenizerKind = Literal["json", "sentencepiece"]
 
+MODEL_CONFIG_JSON = "config.json"  # a model's, read for the ids of BOS and EOS where nothing else names them
+
 # What is copied beside a dataset: enough for litgpt, transformers and us to load the tokenizer again.
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -28,8 +30,9 @@ _FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
     "generation_config.json",
-    "config.json",
+    MODEL_CONFIG_JSON,
 )
 _LARGEST_UINT16_VOCABULARY = 1 << 16
 # In JSON a quote inside a string is escaped, so this is a key and its list.
@@ -224,6 +227,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     Raises:
         StorageError: The target cannot be written.
     """
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (target / name).is_file():
             write_atomic(target / name, (source / name).read_bytes())  # several ranks may be here at once
