@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -31,6 +32,7 @@ LOGGERS = Registry(
     },
 )
 _CONNECT_TIMEOUT_S = 5.0
+_INIT_TIMEOUT_S = 30.0  # for a server that accepts a connection and then says nothing; wandb's own is 90
 
 
 class MetricsLogger(Protocol):
@@ -104,7 +106,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Weights & Biases; offline, with one warning, when there is no key or no network."""
+    """Weights & Biases; offline, with one warning, when there is no key, no network, or a server that refuses it."""
 
     def __init__(self, config: PretrainConfig, settings: dict[str, Any], state: TrainState) -> None:
         import wandb
@@ -115,16 +117,28 @@ class WandbLogger:
             logger.warning("wandb: %s; logging offline into %s/wandb (wandb sync sends it)", reason, config.out_dir)
             mode = "offline"
         state.wandb_id = state.wandb_id or secrets.token_hex(4)
-        self._error = wandb.errors.Error
         begin = functools.partial(
             wandb.init, project=config.log.project or "pretrainkit", name=config.log.run, group=config.log.group,
             dir=str(config.out_dir), config=settings, id=state.wandb_id, resume="allow",
+            settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S),
         )  # fmt: skip
+        self._run: Any = None
         try:
-            self._run: Any = begin(mode=mode)
-        except wandb.errors.Error as error:  # a key that is refused, say
-            logger.warning("wandb: %s; logging offline into %s/wandb (wandb sync sends it)", error, config.out_dir)
+            self._run = begin(mode=mode)
+        except Exception as error:  # noqa: BLE001 - a refused key, say; wandb's exceptions have no class in common
+            logger.warning(
+                "wandb: %s; logging offline into %s/wandb (wandb sync sends it)", _line(error), config.out_dir
+            )
+            self._begin_offline(begin)
+
+    def _begin_offline(self, begin: Callable[..., Any]) -> None:
+        import wandb
+
+        try:
+            wandb.teardown()  # its service holds the id of the run that failed, and would refuse it
             self._run = begin(mode="offline")
+        except Exception as error:  # noqa: BLE001 - likewise
+            logger.warning("wandb: %s; nothing is logged there, metrics.jsonl goes on", _line(error))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """Take one row; the first failure is said, and the rest is left out."""
@@ -132,14 +146,22 @@ class WandbLogger:
             return
         try:
             self._run.log(numbers, step=step)
-        except (self._error, OSError) as error:
-            logger.warning("wandb: %s; nothing more is sent, metrics.jsonl goes on", error)
+        except Exception as error:  # noqa: BLE001 - likewise
+            logger.warning("wandb: %s; nothing more is sent, metrics.jsonl goes on", _line(error))
             self._run = None
 
     def close(self) -> None:
         """Finish."""
-        if self._run is not None:
+        if self._run is None:
+            return
+        try:
             self._run.finish()
+        except Exception as error:  # noqa: BLE001 - likewise
+            logger.warning("wandb: %s; the last rows may not have been sent (wandb sync sends them)", _line(error))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _why_offline() -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -345,6 +347,61 @@ def test_wandb_that_refuses_the_run_goes_offline(tmp_path, monkeypatch, caplog):
         open_logger(run_config(tmp_path, logger_name="wandb"), {}, TrainState())
     assert modes == [None, "offline"]
     assert "wandb: returned error 401; logging offline" in caplog.text
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers as wandb's server does when a key is wrong."""
+
+    def do_POST(self):
+        self.send_response(401)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST  # noqa: N815 - http.server's name
+
+    def log_message(self, *rest):
+        pass
+
+
+def test_wandb_with_a_key_that_a_server_refuses_goes_on_offline(tmp_path, monkeypatch, caplog):
+    """wandb itself, whose service holds the id of the run that failed."""
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state = TrainState()
+    try:
+        opened = open_logger(run_config(tmp_path, logger_name="wandb"), {}, state)
+        opened.log({"loss": 1.0}, 1)
+        opened.close()
+    finally:
+        wandb.teardown()
+        server.shutdown()
+        server.server_close()
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("pretrainkit")]
+    assert "401" in line
+    assert "logging offline into" in line
+    assert list(tmp_path.rglob(f"run-{state.wandb_id}.wandb"))
+
+
+def test_wandb_that_refuses_to_work_offline_too_stops_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(**options):
+        assert options["settings"].init_timeout == 30
+        raise RuntimeError(f"no {options['mode']}")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("wandb.init", refuse)
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    opened = open_logger(run_config(tmp_path, logger_name="wandb"), {}, TrainState())
+    opened.log({"loss": 1.0}, 1)
+    opened.close()
+    assert caplog.text.count("wandb: no offline") == 2
+    assert "nothing is logged there, metrics.jsonl goes on" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
