@@ -2,12 +2,13 @@
 """Kill training at random moments, again and again, on changing numbers of ranks, and compare what comes out.
 
 Comes in: a seed and a number of kills. Goes out: exit code 0 when every disturbed run ended like the undisturbed one.
-The oracle: the same digest of all tokens, step by step; with one rank throughout the same bits in every weight, else
-weights within fp32 tolerance; no save left half done; every checkpoint that says it is whole verifies.
+The oracle: the same digest of all tokens and the same loss, line by line; with one rank throughout the same bits in
+every weight and loss, else within fp32 tolerance; no save left half done; every checkpoint that says it is whole
+verifies. Saves come between the log lines, which are of several steps.
 
 Libraries are imported once; every process of a run is a fork. Kill times are drawn from the seed, from the start of a
 process to some time after its end, so that starts, steps, saves and the last moments are all hit. A share of the
-attempts gets SIGTERM instead, and must end with its code.
+attempts gets SIGTERM instead, and must end with its code; after some, a bit of the newest checkpoint is flipped.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from pretrainkit.config import (  # noqa: E402 - found through the line above
 from tests.train.conftest import TINY_MODEL, write_split  # noqa: E402
 
 STEPS = 40
-SAVE_EVERY = 4
-TERM_SHARE = 0.2
+SAVE_EVERY, LOG_EVERY = 4, 3
+TERM_SHARE, DAMAGE_SHARE = 0.2, 0.15
 END_OF_RUN_S = 600  # far beyond what a run needs: only a hang lasts that long
 
 
@@ -52,7 +53,12 @@ def configure(data: Path, out_dir: Path) -> PretrainConfig:
         out_dir=out_dir,
         resume="auto",
         train=TrainConfig(
-            global_batch_size=8, micro_batch_size=2, max_steps=STEPS, save_interval=SAVE_EVERY, lr_warmup_steps=2
+            global_batch_size=8,
+            micro_batch_size=2,
+            max_steps=STEPS,
+            save_interval=SAVE_EVERY,
+            lr_warmup_steps=2,
+            log_interval=LOG_EVERY,
         ),
         eval=EvalConfig(interval=10, max_iters=2),
         optimizer=OptimizerConfig(init_args=OptimizerArgs(lr=1e-2)),
@@ -145,6 +151,24 @@ def digests(run: Path) -> dict[int, str]:
     return found
 
 
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss of its line, as it was logged last."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if row["event"] == "train"}
+
+
+def damage(run: Path, generator: random.Random) -> None:
+    """Flip a bit in one of the newest checkpoint's files."""
+    from pretrainkit.train.run_folder import complete_checkpoints
+
+    for folder in complete_checkpoints(run)[:1]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+        path = generator.choice(files)
+        content = bytearray(path.read_bytes())
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+
+
 def weights(final: Path) -> dict:
     """The model in a checkpoint."""
     import torch
@@ -162,8 +186,11 @@ def compare(reference: Path, run: Path, exact: bool) -> None:
     from pretrainkit.train.run_folder import complete_checkpoints, verify_checkpoint
 
     ours, theirs = digests(run), digests(reference)
-    assert {step: ours[step] for step in ours} == {step: theirs[step] for step in ours}
+    assert ours == {step: theirs[step] for step in ours}
     assert STEPS in ours
+    expected = losses(reference)
+    for step, loss in losses(run).items():
+        assert abs(loss - expected[step]) <= (0.0 if exact else 1e-3 * expected[step]), f"step {step}: another loss"
     assert list(run.glob("*.partial")) == [], "a save was left half done"
     for folder in complete_checkpoints(run):
         verify_checkpoint(folder)
@@ -202,6 +229,8 @@ def disturb(
             raise AssertionError(f"did not end on signal {number}; see {log}")
         # A process may have finished, or not have begun to listen, when SIGTERM came.
         assert set(codes) <= {-number, 0, 143 if number == signal.SIGTERM else -number}, f"{codes}; see {log}"
+        if generator.random() < DAMAGE_SHARE:
+            damage(config.out_dir, generator)
 
 
 def main() -> None:
