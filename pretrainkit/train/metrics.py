@@ -28,6 +28,7 @@ from pretrainkit.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 METRICS_FILENAME = "metrics.jsonl"
+_A_YEAR_S = 365 * 86_400
 
 # Dense bf16 operations per second. Source: the makers' data sheets, without sparsity.
 _PEAK_FLOPS = {
@@ -170,8 +171,13 @@ def train_line(row: dict[str, Any], total_steps: int | None) -> str:
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")
     if row.get("remaining_s") is not None:
-        parts.append(f"{timedelta(seconds=round(row['remaining_s']))} left")
+        parts.append(f"{duration(row['remaining_s'])} left")
     return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Time for people; "as many steps as there is time for" is often written as more than any calendar holds."""
+    return str(timedelta(seconds=round(seconds))) if seconds <= _A_YEAR_S else "more than a year"
 
 
 def _short(number: float) -> str:
