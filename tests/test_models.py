@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -447,13 +448,29 @@ def test_costs_count_chosen_experts_and_windows_only():
     assert models.flops_per_token(llama, 32)[0] - models.flops_per_token(windowed, 32)[0] == 2 * 6 * widths * (32 - 8)
 
 
-def test_checkpointing_a_block_keeps_its_input_only():
+def test_checkpointing_a_block_keeps_its_input_and_one_block_at_a_time_is_computed_again():
     config = models.resolve_config("pythia-160m")
     facts = {
         level: models.memory_facts(config, block_size=2048, micro_batch_size=2, checkpointing=level)
         for level in ("none", "mlp", "attention", "block")
     }
-    assert facts["block"].activation_bytes == 2 * 2048 * 2 * (12 * 768 + 4 * 768)
+    assert facts["block"].activation_bytes == 2 * 2048 * 2 * (12 * 768 + 18 * 768 + 4 * 768)
     assert facts["none"].activation_bytes > facts["mlp"].activation_bytes > facts["block"].activation_bytes
     assert facts["none"].activation_bytes > facts["attention"].activation_bytes
     assert dataclasses.asdict(facts["none"])["parameters"] == 162_322_944
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"n_embd": 10**12}, "model_config.n_embd=1000000000000 is beyond what can be built; give at most 1000000"),
+        ({"padded_vocab_size": 10**11}, "padded_vocab_size=100000000000 is beyond what can be built; give at most"),
+        ({"n_layer": 100_000}, "n_layer=100000 is beyond what can be built; give at most 4096"),
+        ({"n_expert": 2}, "n_expert=2 does nothing with mlp_class_name=LLaMAMLP, which has no experts; add mlp_class_"),
+        ({"n_expert_per_token": 2}, "n_expert_per_token=2 does nothing with mlp_class_name=LLaMAMLP"),
+    ],
+)
+def test_sizes_beyond_any_model_and_experts_of_a_model_without_are_refused(keys, message):
+    with pytest.raises(ModelError, match=re.escape(message)):
+        models.resolve_config(None, {**LLAMA, **keys})
+    assert models.resolve_config(None, {**LLAMA, "n_expert": 0}).n_expert == 0

@@ -14,22 +14,26 @@ from pretrainkit.metadata import DatasetInfo
 from pretrainkit.models.architectures import Config, configs, name_to_config
 from pretrainkit.registry import did_you_mean
 
-_POSITIVE = (
-    "block_size",
-    "n_layer",
-    "n_embd",
-    "n_head",
-    "head_size",
-    "n_query_groups",
-    "vocab_size",
-    "padding_multiple",
-    "padded_vocab_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "sliding_window_size",
-    "rope_base",
-    "rope_condense_ratio",
-)
+# Key -> the most it may be: above any model there is, and below what torch can count the elements of, or list the
+# layers of in a minute.
+_POSITIVE = {
+    "block_size": 10**9,
+    "n_layer": 4096,
+    "n_embd": 10**6,
+    "n_head": 10**5,
+    "head_size": 10**5,
+    "n_query_groups": 10**5,
+    "vocab_size": 2**31 - 1,  # ids are int32 at most
+    "padding_multiple": 10**6,
+    "padded_vocab_size": 2**31 - 1,
+    "intermediate_size": 10**7,
+    "moe_intermediate_size": 10**7,
+    "sliding_window_size": None,
+    "rope_base": None,
+    "rope_condense_ratio": None,
+}
+_EXPERTS = {"n_expert": 10_000, "n_shared_expert": 10_000, "n_expert_per_token": 10_000}
+_MOST = {**_POSITIVE, **_EXPERTS}
 _ABOVE_ZERO = (
     "norm_eps",
     "attention_scores_scalar",
@@ -70,6 +74,13 @@ def resolve_config(model_name: str | None, model_config: dict[str, Any] | None) 
             f"model_config.n_expert_per_token={config.n_expert_per_token} is not between 1 and "
             f"n_expert={config.n_expert}"
         )
+    if config.mlp_class_name != "LLaMAMoE":
+        for key in _EXPERTS:
+            if keys.get(key):
+                raise ModelError(
+                    f"model_config.{key}={keys[key]} does nothing with mlp_class_name={config.mlp_class_name}, which "
+                    "has no experts; add mlp_class_name=LLaMAMoE or leave it out"
+                )
     return config
 
 
@@ -117,6 +128,8 @@ def _check_value(key: str, value: Any, annotation: str) -> None:
         raise ModelError(f"model_config.{key}={value!r} is of the wrong type; expected {kind}")
     if key in _POSITIVE and value < 1:
         raise ModelError(f"model_config.{key}={value} is not positive; give at least 1")
+    if (most := _MOST.get(key)) is not None and value > most:
+        raise ModelError(f"model_config.{key}={value} is beyond what can be built; give at most {most}")
     if key in _ABOVE_ZERO and not value > 0:
         raise ModelError(f"model_config.{key}={value} must be above 0")
     if key == "rotary_percentage" and not 0 <= value <= 1:

@@ -24,7 +24,8 @@ class MemoryFacts:
     largest_block_parameters: int
     """Parameters of the largest part that FSDP gathers at a time: a transformer block, or embedding and head."""
     activation_bytes: int
-    """Kept between forward and backward for one micro batch, under the chosen checkpointing."""
+    """Most that is kept for the backward pass of one micro batch under the chosen checkpointing, one block's parts that
+    are computed again included."""
 
 
 def num_parameters(config: Config, *, tie_embeddings: bool = False) -> int:
@@ -67,7 +68,10 @@ def memory_facts(
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer.h]
     ends = (1 if tie_embeddings else 2) * config.padded_vocab_size * config.n_embd
     positions = block_size * micro_batch_size
-    per_position = _kept_per_position(config, checkpointing) * config.n_layer + 4 * config.n_embd
+    kept = _kept_per_position(config, checkpointing)
+    # What is computed again lives beside the rest, of one block at a time.
+    again = _kept_per_position(config, "none") - kept
+    per_position = kept * config.n_layer + again + 4 * config.n_embd
     return MemoryFacts(
         parameters=num_parameters(config, tie_embeddings=tie_embeddings),
         largest_block_parameters=max(*blocks, ends),
