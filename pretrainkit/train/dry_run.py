@@ -1,18 +1,21 @@
 """What a run would be and cost, before it costs anything.
 
 Comes in: the configuration. Goes out: steps, tokens, epochs, parameters, memory per device, checkpoint sizes,
-operations and time. Guarantees: reads the data's index and builds the model on the meta device alone; nothing is
-written and no device memory is used; what cannot fit is refused with the flag that would help.
+operations and time. Guarantees: reads the data's index and builds the model on the meta device alone; nothing that is
+written stays and no device memory is used; what cannot fit is refused with the flags that make it fit.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import os
+import tempfile
 import time
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -20,10 +23,11 @@ from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import ConfigError
 from pretrainkit.models import flops_per_token, memory_facts, num_parameters
 from pretrainkit.models.loss import bytes_per_logit, positions_per_chunk
+from pretrainkit.storage import storage_errors
 from pretrainkit.topology import detect
-from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model
-from pretrainkit.train.metrics import peak_flops
-from pretrainkit.train.parallel import chosen_precision, num_replicas, uses_compile
+from pretrainkit.train.facts import Facts, check_start, look_at, new_model
+from pretrainkit.train.metrics import duration, peak_flops
+from pretrainkit.train.parallel import check_float8, chosen_precision, num_replicas, uses_compile
 from pretrainkit.train.side_files import SideFiles
 
 logger = logging.getLogger(__name__)
@@ -82,7 +86,10 @@ def report(config: PretrainConfig) -> None:
         PretrainKitError: Anything else that would end the run at its start.
     """
     device, world_size = _device(config)
-    check_beginning(config)
+    if config.compute.float8 and (device.kind == "cpu" or torch.cuda.is_available()):  # else it runs elsewhere
+        check_float8()
+    check_start(config)
+    _check_out_dir(config.out_dir)
     facts = look_at(config, world_size)
     SideFiles(config, facts.model_config, facts.sources[0].folder, speak=True)
     new_model(config, facts, torch.device("cpu"))  # on the meta device; refuses what cannot be built
@@ -92,7 +99,18 @@ def report(config: PretrainConfig) -> None:
     for source in facts.sources:
         source.check_files()
         source.warn_of_unreachable_tokens()
-    check_fit(config, memory, device)
+    check_fit(config, facts, world_size, device)
+
+
+def _check_out_dir(out_dir: Path) -> None:
+    """Refuse a folder that cannot be made or written: whether it can is seen by trying, which leaves nothing behind.
+
+    Raises:
+        StorageError: It cannot.
+    """
+    nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    with storage_errors(f"write {out_dir}"), tempfile.TemporaryDirectory(prefix=".pretrainkit-", dir=nearest):
+        pass
 
 
 def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, device: Device) -> Memory:
@@ -115,7 +133,7 @@ def plan_memory(config: PretrainConfig, facts: Facts, world_size: int, device: D
     else:
         gathered = float(needs.parameters * computed if computed < stored else 0)
     gradients = shard * (4 if world_size > 1 else stored)
-    if world_size > 1 and facts.plan.accumulation > 1:
+    if world_size > 1 and config.train.global_batch_size > config.train.micro_batch_size * world_size:
         # Between micro batches FSDP reduces nothing, and keeps whole gradients instead.
         # Source: torch distributed/fsdp/_fully_shard/_fsdp_param.py, to_accumulated_grad_if_needed.
         gradients = 4.0 * needs.parameters
@@ -137,30 +155,73 @@ def _logits(config: PretrainConfig, facts: Facts, device: Device, element_bytes:
     return float(per_position * min(chunk, config.train.micro_batch_size * facts.block_size))
 
 
-def check_fit(config: PretrainConfig, memory: Memory, device: Device) -> None:
+def check_fit(config: PretrainConfig, facts: Facts, world_size: int, device: Device) -> None:
     """Refuse a run that needs more memory than a device has.
 
     Raises:
-        ConfigError: With the flag that helps most.
+        ConfigError: With the fewest flags that make it fit.
     """
     usable = _USABLE * device.memory_bytes
-    if memory.total <= usable:
+    needed = plan_memory(config, facts, world_size, device).total
+    if needed <= usable:
         return
-    state = memory.weights + memory.gradients + memory.optimizer
-    replicas = config.compute.replicas or _num_nodes(config)
-    if memory.activations > state and config.compute.activation_checkpointing != "block":
-        way = "use compute.activation_checkpointing=block or a smaller train.micro_batch_size"
-    elif memory.gradients > memory.optimizer and memory.total - memory.gradients + memory.weights <= usable:
-        way = "use a train.micro_batch_size that needs no accumulation, during which FSDP keeps whole gradients"
-    elif memory.activations > state:
-        way = "use a smaller train.micro_batch_size"
-    elif replicas > 1:
-        way = "use compute.replicas=1, which shards over all ranks"
+    choices = itertools.product(*_remedies(config, world_size))
+    for chosen in sorted(choices, key=lambda several: sum(remedy is not None for remedy in several)):
+        remedies = [remedy for remedy in chosen if remedy is not None]
+        changed = config
+        for remedy in remedies:
+            changed = remedy.applied_to(changed)
+        if plan_memory(changed, facts, world_size, device).total <= usable:
+            way = " and ".join(remedy.words for remedy in remedies)
+            break
     else:
-        way = "use more devices or nodes, or precision=bf16-true"
-    raise ConfigError(
-        f"a rank needs about {_gb(memory.total)}, and {device.name} has {_gb(device.memory_bytes)}; {way}"
-    )
+        way = "more devices or nodes, or a smaller model"
+    raise ConfigError(f"a rank needs about {_gb(needed)}, and {device.name} has {_gb(device.memory_bytes)}; use {way}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A change that needs less memory."""
+
+    group: str
+    """Where the key is; "" for the configuration itself."""
+    key: str
+    """What is changed."""
+    value: object
+    """To what."""
+    hint: str = ""
+    """Why that helps."""
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"{self.group}{'.' if self.group else ''}{self.key}={self.value}{self.hint}"
+
+    def applied_to(self, config: PretrainConfig) -> PretrainConfig:
+        """The configuration with this change."""
+        change: dict[str, Any] = {self.key: self.value}
+        if self.group:
+            change = {self.group: dataclasses.replace(getattr(config, self.group), **change)}
+        return dataclasses.replace(config, **change)
+
+
+def _remedies(config: PretrainConfig, world_size: int) -> list[list[Remedy | None]]:
+    """What may be changed, or not (None), each with its choices; what costs the run least comes first."""
+    micro, whole = config.train.micro_batch_size, config.train.global_batch_size // world_size
+    sizes = [size for size in range(micro - 1, 0, -1) if whole % size == 0]
+    micro_batches = [Remedy(group="train", key="micro_batch_size", value=size) for size in sizes]
+    if world_size > 1 and whole > micro:
+        hint = " (without accumulation, during which FSDP keeps whole gradients)"
+        micro_batches.insert(0, Remedy(group="train", key="micro_batch_size", value=whole, hint=hint))
+    replicas = Remedy(group="compute", key="replicas", value=1, hint=" (sharding over all ranks)")
+    block = Remedy(group="compute", key="activation_checkpointing", value="block")
+    precision = Remedy(group="", key="precision", value="bf16-true")
+    return [
+        [None, *([replicas] if (config.compute.replicas or _num_nodes(config)) > 1 else [])],
+        [None, *([block] if config.compute.activation_checkpointing != "block" else [])],
+        [None, *micro_batches],
+        [None, *([precision] if config.precision != "bf16-true" else [])],
+    ]
 
 
 def _lines(config: PretrainConfig, facts: Facts, device: Device, memory: Memory) -> list[str]:
@@ -182,12 +243,12 @@ def _lines(config: PretrainConfig, facts: Facts, device: Device, memory: Memory)
     }
     if plan.total_steps is not None and plan.total_tokens is not None:
         work = plan.total_tokens * full
-        duration = timedelta(seconds=round(work / (device.flops * plan.world_size)))
+        time_needed = duration(work / (device.flops * plan.world_size))
         passes = plan.total_steps / plan.steps_per_epoch
         rows["run"] = f"{plan.total_steps:,} steps = {plan.total_tokens:,} tokens = {passes:.2f} passes"
         rows["warm-up"] = f"{plan.warmup_steps:,} steps"
         rows["operations"] = f"{work:.3g} ({plan.total_tokens * causal:.3g} with causal attention)"
-        rows["time"] = f"about {duration} on {plan.world_size} x {device.name}, {device.basis}"
+        rows["time"] = f"about {time_needed} on {plan.world_size} x {device.name}, {device.basis}"
     return [f"{label:<12}{text}" for label, text in rows.items()] + [f"note        {note}" for note in plan.notes]
 
 

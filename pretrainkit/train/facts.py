@@ -6,18 +6,23 @@ the plan of steps. Guarantee: everything that can be wrong about them is found h
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import CheckpointError
+from pretrainkit.errors import CheckpointError, ConfigError
 from pretrainkit.models import build_model, check_vocabulary, resolve_config
+from pretrainkit.storage import is_remote
 from pretrainkit.stream import BlockSource, document_boundary, open_sources
 from pretrainkit.train.arithmetic import RunPlan, plan_run
+from pretrainkit.train.manifest import read_manifest
+from pretrainkit.train.metrics import METRICS_FILENAME
 from pretrainkit.train.parallel import parameter_dtype
-from pretrainkit.train.run_folder import TENSORS_FOLDER
+from pretrainkit.train.run_folder import TENSORS_FOLDER, complete_checkpoints, foreign_results
 from pretrainkit.train.state import TrainState
 
 
@@ -41,18 +46,67 @@ def look_at(config: PretrainConfig, world_size: int) -> Facts:
     The plan is that of a run from the beginning; see `plan_from`.
 
     Raises:
-        ConfigError: Batch sizes or limits do not fit.
+        ConfigError: Batch sizes, limits or folders do not fit.
         DatasetError: The data is missing, damaged or too little.
         ModelError: The model is unknown or does not fit the data's tokenizer.
     """
     model_config = resolve_config(config.model_name, config.model_config)
     block_size = config.train.max_seq_length or model_config.block_size
     sources = open_training_sources(config, block_size, model_config.padded_vocab_size)
+    _check_places(config, sources)
     for source in sources:
         if source.info is not None:
             check_vocabulary(model_config, source.info, source.folder)
     plan = _plan(config, TrainState(), sources, block_size, world_size)
     return Facts(model_config=model_config, block_size=block_size, sources=sources, plan=plan)
+
+
+def _check_places(config: PretrainConfig, sources: list[BlockSource]) -> None:
+    """Refuse one dataset under two names, and a run that would write among a dataset's chunks."""
+    folders: dict[str, str] = {}
+    for source, name in zip(sources, config.sources, strict=True):
+        folder = source.folder if is_remote(source.folder) else os.path.abspath(source.folder)
+        if folder in folders:
+            raise ConfigError(
+                f"data.sources names one dataset twice, as {folders[folder]} and as {name}; leave one out and add the "
+                "weights up"
+            )
+        folders[folder] = name
+        if is_remote(name):
+            continue
+        theirs = [Path(name).resolve() / part for part in ("train", "val")] + [Path(folder).resolve()]
+        out_dir = config.out_dir.resolve()
+        if out_dir == Path(name).resolve() or any(out_dir.is_relative_to(place) for place in theirs):
+            raise ConfigError(f"out_dir={config.out_dir} is in the dataset {name}; give a folder beside it")
+
+
+def check_start(config: PretrainConfig) -> None:
+    """Look whether the run finds what it starts from, and whether its folder is free, as `setup` will.
+
+    Reads no checkpoint's tensors, so that a damaged one is only found when the run starts.
+
+    Raises:
+        CheckpointError: There is no checkpoint to begin with or to go on from, or the folder holds a run.
+    """
+    if isinstance(config.resume, Path):
+        read_manifest(config.resume)
+        return
+    present = complete_checkpoints(config.out_dir)
+    if config.resume is True and not present:
+        raise CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
+    if present and not config.resume:
+        raise CheckpointError(
+            f"{config.out_dir} already holds a run ({present[0].name}); add --resume=auto to go on, or give another "
+            "--out_dir"
+        )
+    if not present:
+        foreign = foreign_results(config.out_dir)
+        if foreign and not (config.out_dir / METRICS_FILENAME).exists():
+            raise CheckpointError(
+                f"{config.out_dir} holds {foreign[0]}, which is of no run and would be replaced; give another "
+                "--out_dir, or move it away"
+            )
+        check_beginning(config)
 
 
 def check_beginning(config: PretrainConfig) -> None:

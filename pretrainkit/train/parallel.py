@@ -198,7 +198,15 @@ def _checkpointed(part_class: type) -> type:
 
 
 def _use_float8(model: nn.Module) -> None:
-    """Let the blocks' matrices multiply in float8.
+    """Let the blocks' matrices multiply in float8."""
+    check_float8()
+    from torchao.float8 import convert_to_float8_training
+
+    convert_to_float8_training(model, module_filter_fn=_fits_float8)
+
+
+def check_float8() -> None:
+    """Refuse float8 where it cannot be.
 
     Raises:
         ConfigError: No GPU that can, or torchao is missing.
@@ -206,10 +214,9 @@ def _use_float8(model: nn.Module) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError("compute.float8 needs a GPU of compute capability 8.9 or later; leave it out")
     try:
-        from torchao.float8 import convert_to_float8_training
+        import torchao.float8  # noqa: F401 - whether it is there
     except ImportError as error:
         raise ConfigError("compute.float8 needs torchao; pip install torchao") from error
-    convert_to_float8_training(model, module_filter_fn=_fits_float8)
 
 
 def _fits_float8(module: Any, name: str) -> bool:

@@ -602,17 +602,33 @@ def test_what_a_run_cannot_begin_with_is_refused_before_there_is_a_model(setting
 
 def test_dry_run_refuses_what_cannot_fit_and_names_the_flag(settings):
     arguments = settings(
-        dry_run=True, devices=8, num_nodes=4, train={"global_batch_size": 1024, "micro_batch_size": 32}
+        dry_run=True, devices=8, num_nodes=8, launcher="auto", train={"global_batch_size": 64, "micro_batch_size": 1}
     )
     arguments["model_config"] |= {"n_layer": 96, "n_embd": 12288, "n_head": 96, "intermediate_size": 49152}
-    with pytest.raises(ConfigError, match=r"a rank needs about [\d.]+ GB, .* has 80.00 GB; use compute.replicas=1"):
+    with pytest.raises(ConfigError, match=r"a rank needs about [\d.]+ GB, .* has 80.00 GB; use compute.replicas=1 \("):
+        pretrain(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("devices", "way"),
+    [
+        (8, "more devices or nodes, or a smaller model"),
+        (16, "compute.activation_checkpointing=block and precision=bf16-true"),
+    ],
+)
+def test_dry_run_advises_only_what_makes_a_model_of_70_billion_fit(settings, devices, way):
+    sizes = {"global_batch_size": devices, "micro_batch_size": 1}
+    arguments = settings(dry_run=True, devices=devices, train=sizes | {"max_seq_length": 2048})
+    arguments["model_config"] |= {"block_size": 8192, "n_layer": 80, "n_embd": 8192, "n_head": 64,
+                                  "n_query_groups": 8, "intermediate_size": 28672}  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"has 80.00 GB; use {way}$"):
         pretrain(**arguments)
 
 
 def test_dry_run_counts_the_whole_gradients_that_accumulation_keeps(settings, caplog):
     arguments = settings(dry_run=True, devices=8, train={"global_batch_size": 64, "micro_batch_size": 4})
     arguments["model_config"] |= {"n_layer": 50, "n_embd": 5120, "n_head": 40, "intermediate_size": 13824}
-    with pytest.raises(ConfigError, match="micro_batch_size that needs no accumulation"):
+    with pytest.raises(ConfigError, match=r"use train.micro_batch_size=8 \(without accumulation"):
         pretrain(**arguments)
     train = {"global_batch_size": 64, "micro_batch_size": 8}
     with caplog.at_level(logging.INFO):
