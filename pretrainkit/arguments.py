@@ -21,6 +21,27 @@ import yaml
 
 from pretrainkit.errors import ConfigError
 from pretrainkit.registry import did_you_mean
+from pretrainkit.values import at_home, mask_secrets
+
+# What other tools call it, where the name itself leads elsewhere or nowhere.
+_NAMES_ELSEWHERE = {
+    "learning_rate": "optimizer.init_args.lr",
+    "max_lr": "optimizer.init_args.lr",
+    "batch_size": "train.micro_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "warmup_steps": "train.lr_warmup_steps",
+    "warmup_ratio": "train.lr_warmup_fraction",
+    "num_train_epochs": "train.epochs",
+    "max_grad_norm": "train.max_norm",
+    "grad_clip": "train.max_norm",
+    "seq_len": "train.max_seq_length",
+    "save_steps": "train.save_interval",
+    "logging_steps": "train.log_interval",
+    "eval_steps": "eval.interval",
+    "gradient_checkpointing": "compute.activation_checkpointing",
+    "output_dir": "out_dir",
+}
 
 
 def parse(
@@ -40,18 +61,38 @@ def parse(
 
     parser = _build_parser(function, positional, program)
     arguments, config_files = _prepare(list(arguments), parser)
+    given: dict[str, Any] = {}
     for path in config_files:
         content = load_yaml(path)
         _check_keys(path, content, parser)
+        given |= _leaves(content)
         if not content:  # jsonargparse takes nothing for a mistake
             arguments.remove(f"--config={path}")
+    given |= {name.lstrip("-"): value for name, _, value in (argument.partition("=") for argument in arguments)}
     try:
         parsed = parser.parse_args(arguments)
         _check_nulls(parsed, parser)
         values = parser.instantiate_classes(parsed)
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(_readable(error, parser)) from error
-    return {name: value for name, value in vars(values).items() if name not in ("config", "debug")}
+        raise ConfigError(mask_secrets(_readable(error, parser, given))) from error
+    return {name: _at_home(name, value) for name, value in vars(values).items() if name not in ("config", "debug")}
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """The value with `~` resolved in its paths, which no shell does in --flag=~/folder."""
+    if isinstance(value, list):
+        return [_at_home(name, item) for item in value]
+    return Path(at_home(f"--{name}", value)) if isinstance(value, Path) else value
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of a file by its whole key; mappings too, because some are values."""
+    leaves: dict[str, Any] = {}
+    for key, value in content.items():
+        leaves[f"{prefix}{key}"] = value
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+    return leaves
 
 
 class Flag(NamedTuple):
@@ -163,8 +204,18 @@ def _check_flag(name: str, by_option: dict[str, Any]) -> None:
         return
     if any(name.startswith(f"{option}.") and _is_free_form(action) for option, action in by_option.items()):
         return
-    near = did_you_mean(name, by_option) or ["--help"]
+    near = [f"--{dest}" for dest in _same_thing(name.lstrip("-"), (option.lstrip("-") for option in by_option))]
+    near = near or did_you_mean(name, by_option) or ["--help"]
     raise ConfigError(f"unknown flag {name}; did you mean {' or '.join(near)}?")
+
+
+def _same_thing(wrong: str, known: Iterable[str]) -> list[str]:
+    """Known names for what a name means: what other tools call so, else what is called so in a group."""
+    known = sorted(known)
+    last = wrong.rpartition(".")[2]
+    if _NAMES_ELSEWHERE.get(last) in known:
+        return [_NAMES_ELSEWHERE[last]]
+    return [name for name in known if name.endswith(f".{last}")]
 
 
 def _check_path(name: str, value: Any, action: Any) -> None:
@@ -196,6 +247,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, not YAML, not a mapping, or has a key twice.
     """
+    if path.is_dir():
+        raise ConfigError(f"--config={path} is a folder; give a YAML file")
     if not path.is_file():
         siblings = [sibling.name for sibling in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         near = did_you_mean(path.name, siblings)
@@ -221,11 +274,12 @@ def _check_keys(path: Path, content: dict[Any, Any], parser: Any, prefix: str = 
     groups = {dest[: match.start()] for dest in known for match in re.finditer(r"\.", dest)}
     for key, value in content.items():
         dest = f"{prefix}{key}"
+        if dest in ("config", "debug"):  # jsonargparse would read the other file too
+            raise ConfigError(f"{path}: {dest!r} is a flag, no key of a file; say it as --{dest}")
         if dest not in known and dest not in groups:
             siblings = {name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)}
-            raise ConfigError(
-                f"{path}: unknown key {dest!r}; did you mean {_alternatives(str(key), siblings, prefix)}?"
-            )
+            near = " or ".join(_same_thing(dest, known)) or _alternatives(str(key), siblings, prefix)
+            raise ConfigError(f"{path}: unknown key {dest!r}; did you mean {near}?")
         _check_path(f"{path}: {dest}", value, known.get(dest))
         if dest in groups and isinstance(value, dict):
             _check_keys(path, value, parser, f"{dest}.")
@@ -250,8 +304,8 @@ def _alternatives(wrong: str, known: Iterable[str], prefix: str) -> str:
     return " or ".join(prefix + name for name in did_you_mean(wrong, known) or sorted(known))
 
 
-def _readable(error: Exception, parser: Any) -> str:
-    """One line for one of jsonargparse's errors: the flag, the value, and what it should be."""
+def _readable(error: Exception, parser: Any, given: dict[str, Any]) -> str:
+    """One line for one of jsonargparse's errors: the flag, the value as given, and what it should be."""
     text = " ".join(str(error).split())
     if isinstance(error.__cause__, ConfigError):
         return str(error.__cause__)
@@ -263,11 +317,11 @@ def _readable(error: Exception, parser: Any) -> str:
     if action is None:
         return text
     value = re.search(r"(?:Got|Given) value: (.*?)(?= Subtypes:| Errors:| - Expected| Given value|$)", text)
-    given = f"={value[1]}" if value else ""
+    shown = f"={given[action.dest]}" if action.dest in given else f"={value[1]}" if value else ""
     if any(dest.startswith(f"{action.dest}.") for dest in _actions(parser)):
         return _group_in_words(action.dest, _actions(parser))
     hint = getattr(action, "_typehint", None)
-    return f"--{action.dest}{given} does not fit; it takes {_type_in_words(hint)}"
+    return f"--{action.dest}{shown} does not fit; it takes {_type_in_words(hint)}"
 
 
 def _type_in_words(hint: Any) -> str:

@@ -18,6 +18,7 @@ from pretrainkit._version import __version__
 from pretrainkit.arguments import parse
 from pretrainkit.errors import Interrupted, PretrainKitError, StorageError
 from pretrainkit.registry import Registry
+from pretrainkit.values import mask_secrets
 
 COMMANDS = Registry(
     "command",
@@ -114,5 +115,5 @@ def run_cli(
 
 def _complain(error: PretrainKitError) -> int:
     prefix = "" if isinstance(error, Interrupted) else "error: "  # a stop that was asked for is no error
-    sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
+    sys.stderr.write(f"{prefix}{mask_secrets(' '.join(str(error).split()))}\n")
     return error.exit_code

@@ -9,12 +9,13 @@ way out.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pretrainkit.errors import ConfigError
+from pretrainkit.values import above, at_home, between, refuse_secrets, require
 
 Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
 LoggerName = Literal["wandb", "tensorboard", "csv", "none"]
@@ -22,32 +23,12 @@ LauncherName = Literal["auto", "local", "torchrun", "slurm", "ray"]
 Checkpointing = Literal["none", "attention", "mlp", "block"]
 
 
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}={value} {rule}")
-
-
-def _above(key: str, value: float | None, limit: float = 0) -> None:
-    if value is not None:
-        _require(math.isfinite(value) and value > limit, key, value, f"must be above {limit:g}")
-
-
-def _fraction(key: str, value: float | None) -> None:
-    if value is not None:
-        _require(0 <= value <= 1, key, value, "must be between 0 and 1")
-
-
-def _carries_secret(source: str) -> bool:
-    """Whether a URL has a password, a token or a signed query in it."""
-    if "://" not in source:
-        return False
-    parts = urlsplit(source)
-    try:
-        _ = parts.port
-    except ValueError:  # a key with a slash in it
-        return True
-    # abfs://CONTAINER@ACCOUNT names no user.
-    return bool(parts.password or parts.query or (parts.username and parts.scheme.startswith("http")))
+def _resolve(config: object, prefix: str, *keys: str) -> None:
+    """Take paths as a user means them, `~` included; part of a configuration's construction."""
+    for key in keys:
+        value = getattr(config, key)
+        if value not in (None, True, False, "auto"):  # what `resume` may be besides a path
+            object.__setattr__(config, key, Path(at_home(prefix + key, value)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +67,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size", "max_tokens", "max_steps", "max_time", "epochs",
                     "max_seq_length", "max_norm", "log_interval", "save_interval"):  # fmt: skip
-            _above(f"train.{key}", getattr(self, key))
-        _require(self.min_lr >= 0, "train.min_lr", self.min_lr, "must not be negative")
-        _above("train.lr_warmup_steps", self.lr_warmup_steps, -1)
-        _fraction("train.lr_warmup_fraction", self.lr_warmup_fraction)
+            above(f"train.{key}", getattr(self, key))
+        require(self.min_lr >= 0, "train.min_lr", self.min_lr, "must not be negative")
+        above("train.lr_warmup_steps", self.lr_warmup_steps, -1)
+        between("train.lr_warmup_fraction", self.lr_warmup_fraction, 0, 1)
         if self.lr_warmup_fraction is not None and self.lr_warmup_steps is not None:
             raise ConfigError("train.lr_warmup_steps and train.lr_warmup_fraction say the same thing; give one of them")
         if self.global_batch_size % self.micro_batch_size:
@@ -118,9 +99,9 @@ class EvalConfig:
     """Tokens to continue each prompt by."""
 
     def __post_init__(self) -> None:
-        _above("eval.interval", self.interval)
-        _above("eval.max_iters", self.max_iters)
-        _above("eval.max_new_tokens", self.max_new_tokens)
+        above("eval.interval", self.interval)
+        above("eval.max_iters", self.max_iters)
+        above("eval.max_new_tokens", self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +120,12 @@ class OptimizerArgs:
     """Muon's momentum."""
 
     def __post_init__(self) -> None:
-        _above("optimizer.init_args.lr", self.lr)
-        _above("optimizer.init_args.eps", self.eps)
-        _require(self.weight_decay >= 0, "optimizer.init_args.weight_decay", self.weight_decay, "must not be negative")
+        above("optimizer.init_args.lr", self.lr)
+        above("optimizer.init_args.eps", self.eps)
+        require(self.weight_decay >= 0, "optimizer.init_args.weight_decay", self.weight_decay, "must not be negative")
         for beta in self.betas:
-            _require(0 <= beta < 1, "optimizer.init_args.betas", self.betas, "must each be in [0, 1)")
-        _require(0 <= self.momentum < 1, "optimizer.init_args.momentum", self.momentum, "must be in [0, 1)")
+            require(0 <= beta < 1, "optimizer.init_args.betas", self.betas, "must each be in [0, 1)")
+        require(0 <= self.momentum < 1, "optimizer.init_args.momentum", self.momentum, "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +150,8 @@ class ScheduleConfig:
     """wsd: start from this checkpoint of a stable phase and let the whole run be its decay."""
 
     def __post_init__(self) -> None:
-        _fraction("schedule.decay_fraction", self.decay_fraction)
+        _resolve(self, "schedule.", "decay_from")
+        between("schedule.decay_fraction", self.decay_fraction, 0, 1)
         if self.decay_from is not None and self.name != "wsd":
             raise ConfigError(f"schedule.decay_from belongs to schedule.name=wsd, not to {self.name}; change one")
 
@@ -194,11 +176,19 @@ class DataConfig:
     """Remote chunks kept at a time."""
 
     def __post_init__(self) -> None:
+        refuse_secrets(self.sources)  # first: what is said of a source names it
+        names = {name: at_home("data.sources", name) for name in self.sources}
+        for index, (name, path) in enumerate(names.items()):
+            same = [other for other in list(names)[:index] if os.path.normpath(names[other]) == os.path.normpath(path)]
+            if same:
+                raise ConfigError(f"data.sources names one dataset twice, {same[0]} and {name}; add their weights up")
+        object.__setattr__(self, "sources", {names[name]: weight for name, weight in self.sources.items()})
+        _resolve(self, "data.", "cache_dir")
         for source, weight in self.sources.items():
-            _above(f"data.sources[{source}]", weight)
-        _above("data.num_workers", self.num_workers, -1)
-        _above("data.prefetch_batches", self.prefetch_batches)
-        _above("data.max_cache_bytes", self.max_cache_bytes)
+            above(f"data.sources[{source}]", weight)
+        between("data.num_workers", self.num_workers, 0, 256)
+        between("data.prefetch_batches", self.prefetch_batches, 1, 10_000)
+        above("data.max_cache_bytes", self.max_cache_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +201,8 @@ class LossConfig:
     """Positions whose logits exist at a time; null chooses by vocabulary and memory."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.z_loss < math.inf, "loss.z_loss", self.z_loss, "must not be negative")
-        _above("loss.chunk_tokens", self.chunk_tokens)
+        require(0 <= self.z_loss < math.inf, "loss.z_loss", self.z_loss, "must not be negative")
+        above("loss.chunk_tokens", self.chunk_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +221,11 @@ class GuardConfig:
     """Times a run may go back before it gives up."""
 
     def __post_init__(self) -> None:
-        _above("guard.spike_factor", self.spike_factor, 1)
+        above("guard.spike_factor", self.spike_factor, 1)
         for key in ("warmup_steps", "max_rewinds"):
-            _above(f"guard.{key}", getattr(self, key), -1)
-        for key in ("max_skips", "window"):
-            _above(f"guard.{key}", getattr(self, key))
+            above(f"guard.{key}", getattr(self, key), -1)
+        above("guard.max_skips", self.max_skips)
+        between("guard.window", self.window, 1, 1_000_000)
         if self.max_skips > self.window:
             raise ConfigError(
                 f"guard.max_skips={self.max_skips} cannot happen within guard.window={self.window} steps; use at most "
@@ -255,8 +245,8 @@ class CheckpointConfig:
     """Write while training goes on; costs one copy of the state in the nodes' memory."""
 
     def __post_init__(self) -> None:
-        _above("checkpoint.keep_last", self.keep_last)
-        _above("checkpoint.keep_every", self.keep_every)
+        above("checkpoint.keep_last", self.keep_last)
+        above("checkpoint.keep_every", self.keep_every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +267,9 @@ class ComputeConfig:
     """Dense bf16 operations per second of one device, for MFU; null knows the usual GPUs."""
 
     def __post_init__(self) -> None:
-        _above("compute.replicas", self.replicas)
-        _above("compute.hang_timeout_s", self.hang_timeout_s)
-        _above("compute.peak_flops", self.peak_flops)
+        above("compute.replicas", self.replicas)
+        between("compute.hang_timeout_s", self.hang_timeout_s, 1, 31_536_000, "; null waits for ever")
+        above("compute.peak_flops", self.peak_flops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,10 +339,14 @@ class PretrainConfig:
     """Say what the run would be and cost, then stop."""
 
     def __post_init__(self) -> None:
-        _above("num_nodes", self.num_nodes)
+        refuse_secrets([self.dataset_path or ""])
+        _resolve(self, "", "out_dir", "initial_checkpoint_dir", "tokenizer_dir", "resume")
+        if self.dataset_path is not None:
+            object.__setattr__(self, "dataset_path", at_home("dataset_path", self.dataset_path))
+        above("num_nodes", self.num_nodes)
         if self.devices != "auto":
-            _above("devices", self.devices)
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+            above("devices", self.devices)
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
         lr = self.optimizer.init_args.lr
         if self.train.min_lr > lr:
             raise ConfigError(f"train.min_lr={self.train.min_lr:g} is above optimizer.init_args.lr={lr:g}; lower it")
@@ -361,20 +355,19 @@ class PretrainConfig:
         if (self.dataset_path is None) == (not self.data.sources):
             state = "both are" if self.data.sources else "neither is"
             raise ConfigError(f"give either dataset_path or data.sources; {state} given")
-        if any(_carries_secret(source) for source in self.sources):
-            # The value stays unsaid: it would be in the log for ever.
+        if self.launcher == "local" and self.num_nodes > 1:
             raise ConfigError(
-                "the URL of a dataset carries a password, key or token, which logs and saved configurations would "
-                "show; give it by the environment, as AWS_SECRET_ACCESS_KEY or HF_TOKEN"
+                f"launcher=local starts processes on this machine alone, not on num_nodes={self.num_nodes}; leave "
+                "launcher out, or start it with torchrun, srun or Ray"
             )
         if self.out_dir.parts[:1] and self.out_dir.parts[0].endswith(":"):
             raise ConfigError(
                 f"out_dir={self.out_dir} is a URL; training writes to a folder: give one that every node sees"
             )
-        if self.resume not in (False, "auto") and self.initial_checkpoint_dir is not None:
-            raise ConfigError("resume and initial_checkpoint_dir exclude each other; give one of them")
-        if self.schedule.decay_from is not None and self.initial_checkpoint_dir is not None:
-            raise ConfigError("schedule.decay_from and initial_checkpoint_dir exclude each other; give one of them")
+        beginnings = {"resume": self.resume not in (False, "auto"), "schedule.decay_from": self.schedule.decay_from}
+        for key, is_given in beginnings.items():
+            if is_given and self.initial_checkpoint_dir is not None:
+                raise ConfigError(f"{key} and initial_checkpoint_dir exclude each other; give one of them")
 
     @property
     def sources(self) -> dict[str, float]:

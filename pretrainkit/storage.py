@@ -23,6 +23,7 @@ from typing import Any
 
 from pretrainkit.errors import ConfigError, DatasetError, StorageError
 from pretrainkit.remote import RetryingFile, filesystem, patiently
+from pretrainkit.values import at_home
 
 _CHECKSUM_READ_BYTES = 1 << 20
 
@@ -37,10 +38,11 @@ def given_path(path: str | Path, flag: str) -> str:
 
     Raises:
         ConfigError: It is empty, and would mean the working folder.
+        StorageError: It is longer than file systems take.
     """
     if not str(path):
         raise ConfigError(f"{flag} is empty; give a folder or URL (is a shell variable unset?)")
-    return os.path.expanduser(str(path).removeprefix("file://"))
+    return at_home(flag, str(path).removeprefix("file://"))
 
 
 @contextlib.contextmanager

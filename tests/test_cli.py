@@ -10,7 +10,8 @@ import pytest
 
 from pretrainkit.arguments import parse
 from pretrainkit.cli import run_cli, run_command
-from pretrainkit.errors import ConfigError, Interrupted
+from pretrainkit.errors import ConfigError, Interrupted, StorageError
+from pretrainkit.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path):
         (["--input_dir=in", "--optimizer.learning_rat=1"], "did you mean --optimizer.learning_rate"),
         ([], "--input_dir is missing; see --help"),
         (["--input_dir=in", "--count=x"], "--count=x does not fit; it takes a whole number"),
-        (["--input_dir=in", "--mode=slow"], "--mode does not fit; it takes one of fast, full"),
+        (["--input_dir=in", "--mode=slow"], "--mode=slow does not fit; it takes one of fast, full"),
         (["--input_dir=in", "--dry_run=maybe"], "--dry_run=maybe does not fit; it takes true or false"),
         (
             ["--input_dir=in", "--optimizer.steps=q"],
@@ -114,7 +115,7 @@ def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path):
         (["--input_dir=in", "--optimizer.learning_rate=-1"], "optimizer.learning_rate=-1.0 must be above 0"),
         (["--input_dir=in", "stray"], "'stray' belongs to no flag"),
         (["--input_dir"], "--input_dir needs a value"),
-        (["--input_dir=in", "--optimizer.steps=true"], "--optimizer.steps=True does not fit; it takes a whole number"),
+        (["--input_dir=in", "--optimizer.steps=true"], "--optimizer.steps=true does not fit; it takes a whole number"),
     ],
 )
 def test_a_wrong_flag_gets_one_clear_line(arguments, message):
@@ -131,6 +132,9 @@ def test_a_wrong_flag_gets_one_clear_line(arguments, message):
         ("count: [\n", "is not YAML"),
         ("count: 3\ncount: 4\n", "line 2: the key 'count' stands twice"),
         ('input_dir: ""\n', "input_dir is empty; give a path"),
+        ("config: other.yaml\n", "'config' is a flag, no key of a file; say it as --config"),
+        ("optimizer:\n  max_lr: 3\n  steps: 3\n", "unknown key 'optimizer.max_lr'"),
+        ("learning_rate: 3\n", "unknown key 'learning_rate'; did you mean optimizer.learning_rate?"),
         ("cuont: 3\n", "unknown key 'cuont'; did you mean count?"),
         (
             "optimizer:\n  learning_rat: 3\n",
@@ -167,6 +171,33 @@ def test_a_missing_config_file_names_the_nearest(tmp_path):
     (tmp_path / "pretrain.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*pretrain\.yaml"):
         parse(job, ["--config", str(tmp_path / "pretrian.yaml")])
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    with pytest.raises(ConfigError, match=f"--config={tmp_path} is a folder; give a YAML file"):
+        parse(job, ["--config", str(tmp_path)])
+
+
+def test_the_home_folder_is_meant_in_flags_and_files_and_a_name_can_be_too_long(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(job, ["--input_dir=~/in"])["input_dir"] == tmp_path / "in"
+    (tmp_path / "job.yaml").write_text("input_dir: ~/in\n")
+    assert parse(job, [f"--config={tmp_path}/job.yaml"])["input_dir"] == tmp_path / "in"
+    folders = parse(write_report, ["~/a", "b"], positional=("run_dirs",))["run_dirs"]
+    assert folders == [tmp_path / "a", Path("b")]
+    with pytest.raises(StorageError, match=r"--input_dir=a{40}\.\.\. is too long \(256 characters\)"):
+        parse(job, [f"--input_dir={'a' * 256}"])
+
+
+def test_no_message_shows_a_secret(capsys):
+    def fails() -> None:
+        """Fail."""
+        raise ConfigError("s3://KEY:S3C/RET@b/x, https://S3CRET@h/x, http://h/x?sig=S3CRET; abfs://c@a/x, 12:30 a@b")
+
+    with pytest.raises(SystemExit):
+        run_cli(fails, [])
+    line = "error: s3://***@b/x, https://***@h/x, http://h/x?*** abfs://c@a/x, 12:30 a@b\n"
+    assert capsys.readouterr().err == line
 
 
 def test_exit_codes_and_messages(capsys):

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "pretrainkit"
 LAYERS = [
     ["_version"],
     ["errors"],
+    ["values"],
     ["config"],
     ["arrow", "deferred", "direct", "locks", "memory", "registry", "remote", "signals", "storage", "topology"],
     ["arguments", "metadata", "records", "statistics"],

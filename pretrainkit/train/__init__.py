@@ -17,6 +17,7 @@ Importing this loads no torch.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ from pretrainkit.config import (
 )
 
 __all__ = ["pretrain"]
+
+_PROCESSES_PER_CPU = 8
 
 
 def pretrain(  # noqa: PLR0913, PLR0917 - the signature is the command line, the YAML schema and the reference page
@@ -110,4 +113,27 @@ def pretrain(  # noqa: PLR0913, PLR0917 - the signature is the command line, the
         return
     from pretrainkit.launchers import launch
 
+    _check_devices(config)
     launch("pretrainkit.train.setup:train_process", config)
+
+
+def _check_devices(config: PretrainConfig) -> None:
+    """Refuse more CPU processes than could get anywhere, each of which loads PyTorch, before any of them starts.
+
+    Raises:
+        LaunchError: There are too many.
+    """
+    from pretrainkit.errors import LaunchError
+    from pretrainkit.launchers import choose
+    from pretrainkit.topology import granted_cpus
+
+    most = _PROCESSES_PER_CPU * granted_cpus(os.environ)
+    if config.devices == "auto" or config.devices <= most or choose(config, os.environ) != "local":
+        return
+    import torch
+
+    if not torch.cuda.is_available():  # where there are GPUs, their number decides
+        raise LaunchError(
+            f"devices={config.devices}, but this machine has no GPU and grants {most // _PROCESSES_PER_CPU} CPUs; use "
+            f"at most {most}"
+        )

@@ -22,9 +22,10 @@ from pretrainkit.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from pretrainkit.errors import ConfigError, DatasetError
+from pretrainkit.errors import ConfigError, DatasetError, LaunchError, StorageError
 from pretrainkit.train import pretrain
 from pretrainkit.train.arithmetic import accumulation_steps, plan_run
+from pretrainkit.train.metrics import duration, train_line
 from pretrainkit.train.schedule import Course, learning_rate, plan_course
 
 
@@ -174,11 +175,24 @@ GROUPS = {
         ("checkpoint", {"keep_last": 0}, "checkpoint.keep_last=0 must be above 0"),
         ("checkpoint", {"keep_every": 0}, "checkpoint.keep_every=0 must be above 0"),
         ("compute", {"replicas": 0}, "compute.replicas=0 must be above 0"),
-        ("compute", {"hang_timeout_s": 0}, "compute.hang_timeout_s=0 must be above 0"),
+        ("train", {"max_steps": 2**63}, "train.max_steps=9223372036854775808 must be at most 9223372036854775807"),
+        ("train", {"max_tokens": 10**400}, "must be at most 9223372036854775807"),
+        ("guard", {"window": 10**13}, "guard.window=10000000000000 must be between 1 and 1000000"),
+        ("data", {"prefetch_batches": 10**9}, "data.prefetch_batches=1000000000 must be between 1 and 10000"),
+        ("data", {"num_workers": 10**6}, "data.num_workers=1000000 must be between 0 and 256"),
+        (
+            "data",
+            {"sources": {"d": 1, "./d/": 1}},
+            "data.sources names one dataset twice, d and ./d/; add their weights",
+        ),
+        ("data", {"sources": {"": 1}}, "data.sources is empty; give a path"),
+        ("compute", {"hang_timeout_s": 0.001}, "compute.hang_timeout_s=0.001 must be between 1 and 31536000"),
+        ("compute", {"hang_timeout_s": 1e18}, "must be between 1 and 31536000; null waits for ever"),
+        ("compute", {"hang_timeout_s": 0}, "compute.hang_timeout_s=0 must be between 1 and 31536000; null waits"),
         ("compute", {"peak_flops": -1}, "compute.peak_flops=-1 must be above 0"),
         ("data", {"sources": {"d": -1}}, "data.sources[d]=-1 must be above 0"),
-        ("data", {"num_workers": -1}, "data.num_workers=-1 must be above -1"),
-        ("data", {"prefetch_batches": 0}, "data.prefetch_batches=0 must be above 0"),
+        ("data", {"num_workers": -1}, "data.num_workers=-1 must be between 0 and 256"),
+        ("data", {"prefetch_batches": 0}, "data.prefetch_batches=0 must be between 1 and 10000"),
     ],
 )
 def test_a_wrong_value_gets_one_line(group, values, message):
@@ -191,6 +205,11 @@ def test_a_wrong_value_gets_one_line(group, values, message):
     ("values", "message"),
     [
         ({"devices": 0}, "devices=0 must be above 0"),
+        ({"launcher": "local", "num_nodes": 2}, "launcher=local starts processes on this machine alone"),
+        ({"dataset_path": ""}, "dataset_path is empty; give a path"),
+        ({"out_dir": Path("x" * 300)}, "... is too long (300 characters); file systems take 255 bytes in a name"),
+        ({"out_dir": Path("x/" * 2100)}, "file systems take 255 bytes in a name and 4095 in a path"),
+        ({"out_dir": Path("a\0b")}, "has a zero byte in it"),
         ({"num_nodes": 0}, "num_nodes=0 must be above 0"),
         ({"seed": -1}, "seed=-1 must not be negative"),
         ({"train": TrainConfig(min_lr=1)}, "train.min_lr=1 is above optimizer.init_args.lr=0.0004"),
@@ -203,7 +222,7 @@ def test_a_wrong_value_gets_one_line(group, values, message):
 )
 def test_values_that_do_not_go_together_get_one_line_before_anything_starts(values, message, monkeypatch):
     monkeypatch.setattr("pretrainkit.launchers.launch", lambda *_: pytest.fail("was launched"))
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises((ConfigError, StorageError), match=re.escape(message)):
         pretrain(**{"model_name": "pythia-14m", "dataset_path": "d"} | values)
 
 
@@ -217,9 +236,13 @@ def test_values_that_do_not_go_together_get_one_line_before_anything_starts(valu
     ],
 )
 def test_a_url_with_a_secret_in_it_is_refused_and_not_repeated(url):
-    for values in ({"dataset_path": url}, {"data": DataConfig(sources={url: 1.0})}):
+    for make in (
+        lambda: PretrainConfig(model_name="pythia-14m", dataset_path=url),
+        lambda: DataConfig(sources={url: 1.0}),
+        lambda: DataConfig(sources={url: -1.0}),  # whose own message would name the URL
+    ):
         with pytest.raises(ConfigError, match="carries a password, key or token") as caught:
-            PretrainConfig(model_name="pythia-14m", **values)
+            make()
         assert "S3C" not in str(caught.value)
 
 
@@ -231,9 +254,20 @@ def test_a_url_without_a_secret_is_taken(url):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--optimizer.class_path=os.system", "it takes one of torch.optim.AdamW, AdamW, Muon"),
-        ("--schedule.name=step", "it takes one of cosine, linear, wsd, constant"),
+        (
+            "--optimizer.class_path=os.system",
+            "class_path=os.system does not fit; it takes one of torch.optim.AdamW, AdamW, Muon",
+        ),
+        ("--schedule.name=step", "--schedule.name=step does not fit; it takes one of cosine, linear, wsd, constant"),
         ("--trian.max_steps=1", "did you mean --train.max_steps"),
+        ("--learning_rate=1", "unknown flag --learning_rate; did you mean --optimizer.init_args.lr?"),
+        ("--train.lr=1", "unknown flag --train.lr; did you mean --optimizer.init_args.lr?"),
+        ("--warmup_steps=1", "unknown flag --warmup_steps; did you mean --train.lr_warmup_steps?"),
+        ("--devices=True", "--devices=True does not fit; it takes a whole number or auto"),
+        (
+            "--data.sources={s3://KEY:S3CRET@b/x: q}",
+            "--data.sources={s3://***@b/x: q} does not fit; it takes a mapping",
+        ),
         ("--train.max_norm=-1", "train.max_norm=-1.0 must be above 0"),
         ("--train.epochs=nan", "--train.epochs=nan does not fit; it takes a number or null"),
         ("--out_dir=", "--out_dir is empty; give a path"),
@@ -242,6 +276,61 @@ def test_a_url_without_a_secret_is_taken(url):
 def test_a_wrong_flag_gets_one_line(flag, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse(pretrain, ["--model_name=pythia-14m", "--dataset_path=d", flag])
+
+
+def test_the_home_folder_is_meant_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = PretrainConfig(
+        model_name="pythia-14m",
+        out_dir=Path("~/run"),
+        resume=Path("~/r"),
+        tokenizer_dir=Path("~/t"),
+        data=DataConfig(sources={"~/d": 1.0, "s3://b/~/d": 2.0}, cache_dir=Path("~/c")),
+        schedule=ScheduleConfig(name="wsd", decay_from=Path("~/s")),
+    )
+    assert (config.out_dir, config.resume, config.tokenizer_dir) == (tmp_path / "run", tmp_path / "r", tmp_path / "t")
+    assert config.data.sources == {f"{tmp_path}/d": 1.0, "s3://b/~/d": 2.0}
+    assert (config.data.cache_dir, config.schedule.decay_from) == (tmp_path / "c", tmp_path / "s")
+    beginning = PretrainConfig(model_name="m", dataset_path="~/d", initial_checkpoint_dir=Path("~/i"))
+    assert (beginning.dataset_path, beginning.initial_checkpoint_dir) == (f"{tmp_path}/d", tmp_path / "i")
+    same = (PretrainConfig(model_name="m", dataset_path="d", resume=value).resume for value in (True, False, "auto"))
+    assert list(same) == [True, False, "auto"]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_steps": 2**63 - 1, "max_time": 5.0},
+        {"max_steps": 10**15},
+        {"max_tokens": 10**18},
+        {"epochs": 1e18},
+    ],
+)
+def test_as_many_steps_as_there_is_time_for(limits):
+    steps = plan(**limits).total_steps
+    names = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_s", "tokens_per_s_per_device",
+             "memory_gb", "data_wait")  # fmt: skip
+    row = dict.fromkeys(names, 1) | {"remaining_s": (steps - 1) * 0.5}
+    assert train_line(row, steps).endswith("| more than a year left")
+
+
+def test_times_in_words():
+    words = [duration(seconds) for seconds in (86_400, 365 * 86_400, 1e30)]
+    assert words == ["1 day, 0:00:00", "365 days, 0:00:00", "more than a year"]
+
+
+def test_more_processes_than_the_cpus_can_drive_are_refused_before_one_starts(monkeypatch):
+    monkeypatch.setattr("pretrainkit.launchers.launch", lambda *_: pytest.fail("was launched"))
+    monkeypatch.setattr("pretrainkit.topology.granted_cpus", lambda _: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(LaunchError, match="devices=17, but this machine has no GPU and grants 2 CPUs; use at most 16"):
+        pretrain(model_name="pythia-14m", dataset_path="d", devices=17)
+    launched = []
+    monkeypatch.setattr("pretrainkit.launchers.launch", lambda *_: launched.append(1))
+    pretrain(model_name="pythia-14m", dataset_path="d", devices=16)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    pretrain(model_name="pythia-14m", dataset_path="d", devices=17)
+    assert launched == [1, 1]
 
 
 def test_the_signature_and_the_configuration_have_the_same_keys_and_defaults():
