@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pretrainkit._version import __version__
-from pretrainkit.arguments import parse
 from pretrainkit.errors import Interrupted, PretrainKitError, StorageError
 from pretrainkit.registry import Registry
 from pretrainkit.values import mask_secrets
@@ -67,6 +66,8 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, program: s
         function = COMMANDS.get(name)
     except PretrainKitError as error:
         sys.exit(_complain(error))
+    except KeyboardInterrupt:  # while the command is imported
+        sys.exit(_complain(_ctrl_c()))
     run_cli(function, arguments, positional=POSITIONAL.get(name, ()), program=program)
 
 
@@ -86,7 +87,8 @@ def run_cli(
         program: Name in the usage line; None takes the script's.
 
     Raises:
-        SystemExit: Always: 0 for success, 2 for a user's mistake, 128 + n when stopped by signal n.
+        SystemExit: Always: 0 for success, 2 for a user's mistake, 75 where trying again may help, 128 + n when stopped
+        by signal n.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("PRETRAINKIT_DEBUG") == "1"
@@ -94,6 +96,8 @@ def run_cli(
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("pretrainkit").setLevel(logging.INFO)  # others' progress, such as every HTTP request, is not ours
     try:
+        from pretrainkit.arguments import parse  # here, where Ctrl+C is one line
+
         function(**parse(function, given, positional=positional, program=program))
     except PretrainKitError as error:
         if debug:
@@ -109,8 +113,12 @@ def run_cli(
     except KeyboardInterrupt:
         if debug:
             raise
-        sys.exit(_complain(Interrupted("stopped by Ctrl+C", signal.SIGINT)))
+        sys.exit(_complain(_ctrl_c()))
     sys.exit(0)
+
+
+def _ctrl_c() -> Interrupted:
+    return Interrupted("stopped by Ctrl+C", signal.SIGINT)
 
 
 def _complain(error: PretrainKitError) -> int:

@@ -1,7 +1,7 @@
 """The error tree: every mistake a user can make has one class here.
 
-Guarantee: `run_cli` turns any of these into one line on the terminal and exit code 2. An exception that is not in this
-tree is a bug of ours and keeps its traceback.
+Guarantee: `run_cli` turns any of these into one line on the terminal and the error's exit code: 2, something is to be
+mended, unless said otherwise below. An exception that is not in this tree is a bug of ours and keeps its traceback.
 
     PretrainKitError
     +- ConfigError       a flag, a YAML key or a combination of them is wrong
@@ -17,6 +17,8 @@ tree is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
+
+TRY_AGAIN = 75  # exit code of what nobody has to mend; EX_TEMPFAIL of sysexits.h
 
 
 class PretrainKitError(Exception):
@@ -62,7 +64,7 @@ class TrainingError(PretrainKitError):
 
 
 class LaunchError(PretrainKitError):
-    """Processes, ranks or nodes cannot be started or died for good."""
+    """Processes, ranks or nodes cannot be started or died for good. Exit code 75 for a rank that was killed or hung."""
 
 
 class Interrupted(PretrainKitError):  # noqa: N818 - an outcome a user asked for, not an error

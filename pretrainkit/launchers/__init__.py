@@ -11,6 +11,8 @@ import importlib
 import os
 import pickle
 import signal
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +32,9 @@ LAUNCHERS = Registry(
 )
 # Signals to the process that started the others which those hear of.
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Ctrl+C is often heard twice: from the terminal, and from who started us, such as torchrun or `timeout`. Source:
+# coreutils timeout.c, cleanup: to the command, then to the whole group.
+_ONE_PRESS_S = 0.5
 # Where `ray start` notes the cluster this machine belongs to. Source: ray/_private/utils.py, read_ray_address.
 _RAY_NOTE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - Ray's choice
 
@@ -117,6 +122,7 @@ def unpack_error(packed: bytes) -> PretrainKitError:
 
 
 _stop_asked: list[int] = []  # the signal's number, in a process that was asked
+_training_listens = threading.Event()
 
 
 def ask_to_stop(number: int) -> None:
@@ -127,3 +133,21 @@ def ask_to_stop(number: int) -> None:
 def stop_asked() -> int:
     """The number of the signal that `ask_to_stop` stands for, or 0."""
     return _stop_asked[0] if _stop_asked else 0
+
+
+def begin_to_listen() -> None:
+    """From now on training looks at `stop_asked`; before, there is nothing to save and no need to wait."""
+    _training_listens.set()
+
+
+def training_listens() -> bool:
+    """Whether `begin_to_listen` was called."""
+    return _training_listens.is_set()
+
+
+def is_second_press(number: int, heard: list[tuple[int, float]]) -> bool:
+    """Note a signal in `heard`; whether it is a second Ctrl+C, and not the first one heard twice."""
+    now = time.monotonic()
+    first = next((when for other, when in heard if other == signal.SIGINT), now)
+    heard.append((number, now))
+    return number == signal.SIGINT and now - first > _ONE_PRESS_S

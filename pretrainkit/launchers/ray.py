@@ -24,8 +24,8 @@ from typing import Any
 
 import pretrainkit
 from pretrainkit.config import PretrainConfig
-from pretrainkit.errors import ConfigError, LaunchError, PretrainKitError
-from pretrainkit.launchers import PASSED_ON, ask_to_stop, pack_error, run_entry, unpack_error
+from pretrainkit.errors import TRY_AGAIN, ConfigError, LaunchError, PretrainKitError
+from pretrainkit.launchers import PASSED_ON, ask_to_stop, is_second_press, pack_error, run_entry, unpack_error
 from pretrainkit.storage import is_remote
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,20 @@ def _fit(trainer: Any) -> None:
     thread.join()
     if isinstance(outcome[0], Exception):
         cause = str(outcome[0]).strip().splitlines() or [type(outcome[0]).__name__]
-        raise LaunchError(f"the run failed on Ray: {cause[-1]}; its log is above") from outcome[0]
+        failure = LaunchError(f"the run failed on Ray: {cause[-1]}; its log is above")
+        failure.exit_code = exit_code(outcome[0])
+        raise failure from outcome[0]
     if outcome[0] is not None:
         raise unpack_error(outcome[0])
+
+
+def exit_code(failure: Exception) -> int:
+    """75 when a worker or its node was lost, 1 when training raised, as Python has it; 2 when Ray could not begin."""
+    # Source: ray/train/v2/api/exceptions.py, WorkerGroupError; what training raised is wrapped in a class of this name.
+    kinds = [type(worker).__name__ for worker in getattr(failure, "worker_failures", {}).values()]
+    if any(kind != "UserExceptionWithTraceback" for kind in kinds):  # the others failed because it was gone
+        return TRY_AGAIN
+    return 1 if kinds else LaunchError.exit_code
 
 
 @contextlib.contextmanager
@@ -108,13 +119,12 @@ def _telling_workers_to_stop(key: str) -> Iterator[None]:
     """Leave the number of the first signal where the workers look for it; a second Ctrl+C interrupts at once."""
     from ray.experimental.internal_kv import _internal_kv_put
 
-    received: list[int] = []
+    heard: list[tuple[int, float]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received:
+        if is_second_press(number, heard):
             signal.default_int_handler(number, frame)
-        received.append(number)
-        _internal_kv_put(key, str(received[0]))
+        _internal_kv_put(key, str(heard[0][0]))
 
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON} if in_main else {}

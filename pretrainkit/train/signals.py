@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrainkit.launchers import PASSED_ON, stop_asked
+from pretrainkit.launchers import PASSED_ON, begin_to_listen, is_second_press, stop_asked
 
 NOTHING, TIME_IS_UP = 0, 1  # below every signal we watch but SIGHUP, which we do not
 
@@ -27,17 +27,16 @@ class SignalWatch:
     """The first watched signal is remembered; a second Ctrl+C interrupts at once."""
 
     def __init__(self) -> None:
-        self._received = NOTHING
+        self._heard: list[tuple[int, float]] = []
 
     @property
     def received(self) -> int:
         """Number of the first signal, or NOTHING."""
-        return self._received or stop_asked()
+        return self._heard[0][0] if self._heard else stop_asked()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received == signal.SIGINT:
+        if is_second_press(number, self._heard):
             signal.default_int_handler(number, frame)
-        self._received = self._received or number
 
     def arrives_within(self, seconds: float) -> bool:
         """Wait for a signal, at most that long; whether there is one."""
@@ -49,6 +48,7 @@ class SignalWatch:
     @contextlib.contextmanager
     def watching(self) -> Iterator[SignalWatch]:
         """Watch within this block, then put the former handlers back."""
+        begin_to_listen()
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers; Ray runs training in another one
             return
