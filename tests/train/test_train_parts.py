@@ -473,6 +473,7 @@ def test_one_rank_votes_alone():
     assert [ballot.cast(vote) for vote in (0, 15)] == [0, 15]
 
 
+# Its arguments: the folder, its rank, the step it is in, how far in the step, how long it may be silent.
 HANGING = """
 import logging, sys, time
 from pathlib import Path
@@ -480,28 +481,66 @@ from pretrainkit.train.watchdog import Watchdog
 logging.basicConfig(format="%(message)s")
 def stuck_in_the_data():
     time.sleep(60)
-dog = Watchdog(Path(sys.argv[1]), int(sys.argv[2]), 0.5)
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dog = Watchdog(folder, rank, float(sys.argv[5]))
+(folder / f"here-{rank}").touch()
+while len(list(folder.glob("here-*"))) < 2:
+    time.sleep(0.01)
 dog.start()
 for _ in range(int(sys.argv[4])):
     dog.alive(int(sys.argv[3]), "waiting for data")
+(folder / f"began-{rank}").touch()
 stuck_in_the_data()
 """
 
 
-@pytest.mark.parametrize("places", [((0, 8, 4), (1, 7, 4)), ((0, 7, 4), (1, 7, 3))], ids=["step", "within a step"])
+def start_hanging(folder: Path, rank: int, step: int, signs: int, timeout_s: float) -> subprocess.Popen[str]:
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [str(folder), *map(str, (rank, step, signs, timeout_s))]
+    return subprocess.Popen(
+        [sys.executable, "-c", HANGING, *arguments],
+        cwd=ROOT, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("places", [((8, 4), (7, 4)), ((7, 4), (7, 3))], ids=["step", "within a step"])
 def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, places):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", HANGING, str(tmp_path), *map(str, place)],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        )
-        for place in places
-    ]  # fmt: skip
+    (tmp_path / "watchdog").mkdir()
+    (tmp_path / "watchdog" / "rank-00002.json").write_text("{}")  # of an earlier process, on more ranks
+    ranks = [start_hanging(tmp_path, rank, *place, timeout_s=1.0) for rank, place in enumerate(places)]
     outputs = [process.communicate(timeout=50)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [75, 75]
-    assert "rank 1 hangs: no progress for 0 s in step 7 while waiting for data" in outputs[1]
+    assert all("rank 1 hangs: no progress for 1 s in step 7 while waiting for data" in output for output in outputs)
     assert "stuck_in_the_data" in outputs[1]
     assert "stuck_in_the_data" in (tmp_path / "watchdog" / "rank-00001.stack").read_text()
+
+
+def test_a_rank_that_lives_joins_one_that_gives_up_and_is_not_said_to_be_silent(tmp_path):
+    ranks = [start_hanging(tmp_path, 0, 7, 4, timeout_s=1.0), start_hanging(tmp_path, 1, 8, 4, timeout_s=3.0)]
+    outputs = [process.communicate(timeout=50)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [75, 75]
+    assert "error: rank 0 hangs: no progress for 1 s in step 7 while waiting for data" in outputs[0]
+    assert "error: rank 0 hangs" in outputs[1]
+    assert json.loads((tmp_path / "watchdog" / "rank-00001.json").read_text())["silent_s"] < 3.0
+
+
+def test_a_frozen_rank_is_named_and_not_the_one_that_waits_for_it(tmp_path):
+    ranks = [start_hanging(tmp_path, 0, 7, 4, timeout_s=1.0), start_hanging(tmp_path, 1, 7, 4, timeout_s=1.0)]
+    try:
+        while not (tmp_path / "began-1").exists():
+            time.sleep(0.01)
+        ranks[1].send_signal(signal.SIGSTOP)
+        output = ranks[0].communicate(timeout=50)[1]
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == 75
+    stack = tmp_path / "watchdog" / "rank-00000.stack"
+    assert output == (
+        "error: rank 1 gave no sign for 1 s; rank 0 waits for it in step 7 while waiting for data; its stack is in "
+        f"{stack}; add --resume=auto\n"
+    )
+    assert "stuck_in_the_data" in stack.read_text()
 
 
 def test_a_process_that_lives_is_left_alone(tmp_path):
