@@ -143,6 +143,33 @@ def test_a_folder_without_metrics_is_refused(content: str | None, message: str, 
         write_report([tmp_path])
 
 
+@pytest.mark.parametrize("values", [{}, {"loss": "high"}, {"loss": None}, {"loss": [1]}, {"loss": 10**400}])
+def test_rows_without_a_number_are_refused(tmp_path: Path, values: dict[str, object]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row("train", 1, 0, **values)) + "\n")
+    with pytest.raises(InputError, match="its metrics have no number that a report draws, such as loss"):
+        write_report([tmp_path])
+
+
+@pytest.mark.parametrize("values", [{"step": "x"}, {"tokens": None}, {"time": "now"}, {"time": 1e300}, {"event": []}])
+def test_a_row_that_does_not_say_where_and_when_is_left_out(
+    tmp_path: Path, values: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_tiny_run(tmp_path / "RUN")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row("train", 2, 10, loss=9.0) | values) + "\n")
+        file.write(json.dumps(row("train", 3, 10, loss="high", grad_norm=2.0)) + "\n")
+    (folder / "config.yaml").write_text("train: [\n")
+    assert write_report([folder]).read_text().count("<svg") == 2
+    assert read_run(folder).values("loss") == [3.0]
+    assert "line 2 is not a row of metrics; left out" in caplog.text
+    assert "config.yaml is not YAML" in caplog.text
+
+
+def test_a_run_whose_loss_was_never_finite_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row("train", 1, 0, loss="nan")) + "\n")
+    assert "not finite" in write_report([tmp_path]).read_text()
+
+
 def test_too_many_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="7 run folders; give 1 to 6"):
         write_report([tmp_path] * 7)

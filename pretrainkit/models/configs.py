@@ -68,7 +68,7 @@ def resolve_config(model_name: str | None, model_config: dict[str, Any] | None) 
     try:
         config = Config(**values)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ModelError(f"model_config cannot be built: {error or 'its expert groups do not divide'}") from error
+        raise ModelError(f"model_config cannot be built: {str(error) or 'its numbers do not fit together'}") from error
     if config.mlp_class_name == "LLaMAMoE" and not 0 < config.n_expert_per_token <= config.n_expert:
         raise ModelError(
             f"model_config.n_expert_per_token={config.n_expert_per_token} is not between 1 and "

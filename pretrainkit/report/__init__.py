@@ -32,7 +32,7 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
         Path of the HTML file.
 
     Raises:
-        InputError: A folder has no metrics, or no logged step yet.
+        InputError: A folder has no metrics, no logged step yet, or no number to draw.
         ConfigError: Too many runs, or matplotlib is not installed.
 
     Example:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrainkit.errors import InputError
 from pretrainkit.report.runs import RunMetrics
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes and in grey.
@@ -77,10 +78,16 @@ PANELS = (
 
 
 def draw(runs: Sequence[RunMetrics]) -> tuple[dict[str, str], bytes]:
-    """Every panel that the runs have numbers for: title -> SVG, and all of them in one PNG."""
+    """Every panel that the runs have numbers for: title -> SVG, and all of them in one PNG.
+
+    Raises:
+        InputError: They have none.
+    """
     from matplotlib import rc_context
 
-    panels = [panel for panel in PANELS if any(run.values(key) for run in runs for key in panel.keys)]
+    panels = [panel for panel in PANELS if any(run.series(key, panel.x)[1] for run in runs for key in panel.keys)]
+    if not panels:
+        raise InputError(f"{runs[0].folder}: its metrics have no number that a report draws, such as loss")
     pictures = {}
     with rc_context(_STYLE):
         for panel in panels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -14,6 +15,8 @@ import yaml
 from pretrainkit._version import __version__
 from pretrainkit.report.drawing import COLOURS
 from pretrainkit.report.runs import RunMetrics
+
+_log = logging.getLogger(__name__)
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -187,14 +190,18 @@ def _events(runs: Sequence[RunMetrics]) -> list[list[str]]:
 
 def _read_config(run: RunMetrics) -> dict[str, Any]:
     path = run.folder / "config.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _log.warning("%s is not YAML (%s); left out", path, " ".join(str(error).split()))
+        content = {}
     return content if isinstance(content, dict) else {}
 
 
 def _configuration(run: RunMetrics) -> str:
     config = _read_config(run)
     if not config:
-        return "<p>The run's folder has no config.yaml.</p>"
+        return "<p>The run's folder has no config.yaml that can be read.</p>"
     return f"<pre>{html.escape(yaml.safe_dump(config, sort_keys=False))}</pre>"
 
 

@@ -15,6 +15,7 @@ from pretrainkit.registry import did_you_mean
 _log = logging.getLogger(__name__)
 
 METRICS_FILENAME = "metrics.jsonl"
+_END = 253_402_300_800  # Unix time of the year 10000, with which calendars end
 
 Row = dict[str, Any]
 
@@ -38,9 +39,9 @@ class RunMetrics:
         """Points of one number over tokens (x="tokens") or over hours since the beginning (x="hours")."""
         rows = self.validation if key.startswith("val_") else self.train
         begun = self.events[0]["time"] if self.events else self.train[0]["time"]
-        rows = [row for row in rows if key in row]
-        places = [(row["time"] - begun) / 3600 if x == "hours" else row["tokens"] for row in rows]
-        return places, [float(row[key]) for row in rows]  # NaN and infinity stand as text in JSON
+        points = [(row, number) for row in rows if (number := _number(row.get(key))) is not None]
+        places = [(row["time"] - begun) / 3600 if x == "hours" else row["tokens"] for row, _ in points]
+        return places, [number for _, number in points]
 
     def names(self, key: str) -> list[str]:
         """The number itself and its parts by source, such as val_loss and val_loss/FOLDER."""
@@ -84,13 +85,32 @@ def read_run(folder: Path) -> RunMetrics:
     return RunMetrics(name=folder.resolve().name, folder=folder, train=train, validation=validation, events=events)
 
 
+def _number(value: Any) -> float | None:
+    """What a row says, as a number; NaN and infinity stand as text in JSON, and any other text is none."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value in ("nan", "inf", "-inf")):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number that no float can be
+        return None
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line says what happened, where the run stood, and when."""
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        return False
+    counts = [row.get("step"), row.get("tokens")]
+    when = _number(row.get("time"))
+    return all(type(count) is int and 0 <= count < 2**63 for count in counts) and when is not None and 0 <= when < _END
+
+
 def _rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
-            complete = isinstance(row, dict) and {"event", "step", "tokens", "time"} <= set(row)
-        except ValueError:
+            complete = _is_row(row)
+        except (ValueError, RecursionError):
             complete = False
         if complete:
             rows.append(row)
