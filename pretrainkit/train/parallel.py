@@ -130,6 +130,25 @@ def _shard(model: nn.Module, mesh: Any, *, precision: Precision, seed: int) -> n
 
 
 def _fill(model: nn.Module, device_type: str, seed: int) -> None:
+    """Give every parameter its memory and its first value.
+
+    Raises:
+        ConfigError: The device has not enough memory for them.
+    """
+    try:
+        _materialise(model, device_type)
+        initialize_parameters(model, seed)
+    except RuntimeError as error:
+        # Source: PyTorch c10/core/impl/alloc_cpu.cpp; on a CPU the exception has no class of its own.
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise ConfigError(
+            "the model's weights do not fit into the memory of a rank's device; --dry_run says what is needed and what "
+            "would help"
+        ) from error
+
+
+def _materialise(model: nn.Module, device_type: str) -> None:
     is_cuda = device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device(device_type)
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
@@ -138,7 +157,6 @@ def _fill(model: nn.Module, device_type: str, seed: int) -> None:
         model._apply(  # type: ignore[no-untyped-call]
             lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         )
-    initialize_parameters(model, seed)
 
 
 def set_up_model(fabric: Any, model: nn.Module, config: PretrainConfig) -> nn.Module:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrainkit.config import ComputeConfig, DataConfig
 from pretrainkit.errors import CheckpointError, ConfigError, StorageError
@@ -83,3 +84,32 @@ def test_a_run_without_an_end_in_sight_is_planned_and_trained(settings, caplog):
         caplog.clear()
         pretrain(**settings(train=limits | {"max_time": 0.5, "log_interval": 1, "save_interval": None}))
     assert "| more than a year left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(settings, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("pretrainkit.train.parallel.initialize_parameters", fail)
+    with pytest.raises(
+        ConfigError, match="the model's weights do not fit into the memory of a rank's device; --dry_run"
+    ):
+        pretrain(**settings())
+
+
+def test_a_bug_in_filling_the_weights_keeps_its_traceback(settings, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pretrainkit.train.parallel.initialize_parameters", fail)
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        pretrain(**settings())
