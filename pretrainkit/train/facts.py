@@ -91,22 +91,46 @@ def check_start(config: PretrainConfig) -> None:
     if isinstance(config.resume, Path):
         read_manifest(config.resume)
         return
+    check_nothing_foreign(config)
+    if config.resume is False:
+        check_no_run(config)
+    if not complete_checkpoints(config.out_dir):
+        if config.resume is True:
+            raise nothing_to_resume(config)
+        check_beginning(config)
+
+
+def check_no_run(config: PretrainConfig) -> None:
+    """Refuse a folder with checkpoints that nobody asked to go on from.
+
+    Raises:
+        CheckpointError: The folder holds a run.
+    """
     present = complete_checkpoints(config.out_dir)
-    if config.resume is True and not present:
-        raise CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
-    if present and not config.resume:
+    if present:
         raise CheckpointError(
             f"{config.out_dir} already holds a run ({present[0].name}); add --resume=auto to go on, or give another "
             "--out_dir"
         )
-    if not present:
-        foreign = foreign_results(config.out_dir)
-        if foreign and not (config.out_dir / METRICS_FILENAME).exists():
-            raise CheckpointError(
-                f"{config.out_dir} holds {foreign[0]}, which is of no run and would be replaced; give another "
-                "--out_dir, or move it away"
-            )
-        check_beginning(config)
+
+
+def check_nothing_foreign(config: PretrainConfig) -> None:
+    """Refuse a folder with another program's results.
+
+    Raises:
+        CheckpointError: A run would replace them.
+    """
+    foreign = foreign_results(config.out_dir)
+    if foreign and not (config.out_dir / METRICS_FILENAME).exists():  # which our runs begin with
+        raise CheckpointError(
+            f"{config.out_dir} holds {foreign[0]}, which is of no run and would be replaced; give another --out_dir, "
+            "or move it away"
+        )
+
+
+def nothing_to_resume(config: PretrainConfig) -> CheckpointError:
+    """What to say when `resume` must find something and does not."""
+    return CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
 
 
 def check_beginning(config: PretrainConfig) -> None:

@@ -33,7 +33,17 @@ from pretrainkit.train import run_folder
 from pretrainkit.train.arithmetic import RunPlan
 from pretrainkit.train.checkpoint import CheckpointWriter
 from pretrainkit.train.evaluation import open_validation
-from pretrainkit.train.facts import Facts, check_beginning, look_at, new_model, open_training_sources, plan_from
+from pretrainkit.train.facts import (
+    Facts,
+    check_beginning,
+    check_no_run,
+    check_nothing_foreign,
+    look_at,
+    new_model,
+    nothing_to_resume,
+    open_training_sources,
+    plan_from,
+)
 from pretrainkit.train.guard import Guard
 from pretrainkit.train.initial import load_initial
 from pretrainkit.train.loop import fit
@@ -174,12 +184,7 @@ def _hold_folder(config: PretrainConfig, rank: int, held: contextlib.ExitStack) 
         StorageError: Another run is in it, and stays.
     """
     if rank == 0:
-        foreign = run_folder.foreign_results(config.out_dir)
-        if foreign and not (config.out_dir / METRICS_FILENAME).exists():  # which our runs begin with
-            raise CheckpointError(
-                f"{config.out_dir} holds {foreign[0]}, which is of no run and would be replaced; give another "
-                "--out_dir, or move it away"
-            )
+        check_nothing_foreign(config)
         held.enter_context(folder_lock(config.out_dir, "train", wait=_HOLDER_GRACE_S))
         with storage_errors(f"write {config.out_dir}"):
             run_folder.bring_back_replaced(config.out_dir)
@@ -245,16 +250,11 @@ def _starting_point(config: PretrainConfig, group: Any, rank: int, world_size: i
     if config.resume:
         folder = run_folder.newest_whole_checkpoint(config.out_dir, group, rank, world_size)
         if folder is None and config.resume is True:
-            raise CheckpointError(f"{config.out_dir} holds no whole checkpoint to resume; use --resume=auto to begin")
+            raise nothing_to_resume(config)
         if folder is None and rank == 0 and run_folder.complete_checkpoints(config.out_dir):
             logger.warning("%s holds no whole checkpoint: the run begins anew", config.out_dir)
         return folder
-    present = run_folder.complete_checkpoints(config.out_dir)
-    if present:
-        raise CheckpointError(
-            f"{config.out_dir} already holds a run ({present[0].name}); add --resume=auto to go on, or give another "
-            "--out_dir"
-        )
+    check_no_run(config)
     return None
 
 
