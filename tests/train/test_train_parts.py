@@ -392,7 +392,7 @@ def test_wandb_with_a_key_that_a_server_refuses_goes_on_offline(tmp_path, monkey
 
 def test_wandb_that_refuses_to_work_offline_too_stops_nothing(tmp_path, monkeypatch, caplog):
     def refuse(**options):
-        assert options["settings"].init_timeout == 30
+        assert options["settings"].init_timeout == 20
         raise RuntimeError(f"no {options['mode']}")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
