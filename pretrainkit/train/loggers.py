@@ -32,7 +32,7 @@ LOGGERS = Registry(
     },
 )
 _CONNECT_TIMEOUT_S = 5.0
-_INIT_TIMEOUT_S = 20.0  # of a server that takes a connection and then says nothing; it is waited for twice. Not wandb's 90
+_INIT_TIMEOUT_S = 20.0  # of a server that takes a connection and says nothing, waited for twice; wandb's own is 90
 
 
 class MetricsLogger(Protocol):
