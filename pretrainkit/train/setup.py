@@ -107,7 +107,9 @@ def _train(config: PretrainConfig, facts: Facts, fabric: Any, begun: float, held
         lambda: open_validation(config, facts, rank=rank, world_size=world_size) if validates else {}, group
     )
     together(lambda: _check_files(facts, validation) if rank == 0 else None, group)
-    side_files = SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0)
+    side_files = together(
+        lambda: SideFiles(config, facts.model_config, facts.sources[0].folder, speak=rank == 0), group
+    )
     model = new_model(config, facts, fabric.device)
     wrapped = set_up_model(fabric, model, config)
     optimizers = build_optimizer(model, config.optimizer)
