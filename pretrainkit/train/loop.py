@@ -106,8 +106,10 @@ def _log(run: Run, loader: BlockLoader) -> int:
     _fold_digest(run, loader)
     row = numbers | run.speed.of(plan.tokens_per_step / numbers["step_s"])
     row |= {"memory_gb": memory_gb(), "epoch": state.samples / loader.num_blocks, "goodput": state.goodput}
-    if plan.total_steps is not None:
-        row["remaining_s"] = (plan.total_steps - state.step) * numbers["step_s"]
+    ends = [] if plan.total_steps is None else [(plan.total_steps - state.step) * numbers["step_s"]]
+    ends += [] if run.deadline is None else [max(0.0, run.deadline - time.monotonic())]
+    if ends:
+        row["remaining_s"] = min(ends)
     sources = loader.tokens_per_source() if len(loader.sources) > 1 else None
     run.metrics.write("train", state, **row, digest=f"{state.digest:016x}", tokens_per_source=sources)
     if run.fabric.is_global_zero:

@@ -259,6 +259,7 @@ def test_max_time_leaves_room_for_the_save_and_the_run_can_go_on(settings, rows)
     pretrain(**arguments)
     (end,) = rows(arguments["out_dir"], "end")
     assert 0 < end["step"] < 100_000
+    assert all(0 <= row["remaining_s"] < 3.0 for row in rows(arguments["out_dir"]))
     assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
 
 
