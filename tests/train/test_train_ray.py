@@ -108,11 +108,14 @@ def test_ray_restarts_a_run_whose_worker_and_whose_node_died_and_no_bit_differs(
         assert driver.wait(timeout=600) == 0, run.with_suffix(".log").read_text()
     finally:
         driver.kill()
-    assert [row["step"] for row in rows(run, "resume")] == [SAVE_EVERY, 3 * SAVE_EVERY]
+    first, second = (row["step"] for row in rows(run, "resume"))
+    assert first % SAVE_EVERY == second % SAVE_EVERY == 0
+    # A save or two may still have ended while the worker, or the node, was on its way out.
+    assert SAVE_EVERY <= first < 3 * SAVE_EVERY <= second < STEPS
     expected = {row["step"]: {key: row[key] for key in COMPARED} for row in rows(tmp_path / "undisturbed")}
     assert sorted(expected) == list(range(1, STEPS + 1))
     # Steps between a checkpoint and a death were computed twice, with the same result.
-    assert [row["step"] for row in rows(run)].count(SAVE_EVERY + 1) == 2
+    assert [row["step"] for row in rows(run)].count(first + 1) == 2
     assert {row["step"] for row in rows(run)} == set(expected)
     for row in rows(run):
         assert {key: row[key] for key in COMPARED} == expected[row["step"]]
