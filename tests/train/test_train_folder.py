@@ -55,6 +55,7 @@ def test_final_is_of_the_way_the_run_took_last(settings, finished):
     assert {"final.aside-2", "step-00000008.aside", "step-00000008.aside-2"} <= set(names(finished))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_along_the_way_it_had_taken(settings, finished, monkeypatch, caplog):
     run_and_stop(monkeypatch, 6, settings(resume=finished / "step-00000004", optimizer=OTHER_RATE))
     assert names(finished)[-1] == "step-00000012.aside"
@@ -88,6 +89,7 @@ def test_damaged_results_are_made_again(settings, finished, caplog):
     assert "this run is finished" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_damaged_final_is_made_of_its_whole_checkpoint(settings, finished, caplog):
     copy = copied(finished / "final", finished / "copy")  # as on a file system without hard links
     shutil.rmtree(finished / "final")
@@ -101,6 +103,7 @@ def test_a_damaged_final_is_made_of_its_whole_checkpoint(settings, finished, cap
     assert read_manifest(finished / "final") == read_manifest(finished / "step-00000012") == whole, "saved only once"
 
 
+@pytest.mark.slow
 def test_nothing_whole_to_go_on_from_is_said(settings, finished, caplog):
     for name in ("final", "step-00000004", "step-00000008"):
         flip_a_bit(finished / name)
@@ -109,6 +112,7 @@ def test_nothing_whole_to_go_on_from_is_said(settings, finished, caplog):
     verify_checkpoint(finished / "final")
 
 
+@pytest.mark.slow
 def test_a_replacement_that_was_interrupted_is_undone(settings, finished, caplog):
     shutil.rmtree(finished / "final")
     last = finished / "step-00000012"
@@ -124,6 +128,7 @@ def test_a_replacement_that_was_interrupted_is_undone(settings, finished, caplog
     assert (finished / "step-00000012.replaced").exists(), "its successor is there"
 
 
+@pytest.mark.slow
 def test_another_run_that_began_in_a_new_folder_meanwhile_is_not_trained_over(
     settings, finished, tmp_path, monkeypatch
 ):
@@ -141,6 +146,7 @@ def test_another_run_that_began_in_a_new_folder_meanwhile_is_not_trained_over(
     assert read_manifest(out_dir / "final") == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_began_when_it_began(settings, rows, monkeypatch):
     arguments = settings(train={"save_interval": None}, resume="auto")
     with monkeypatch.context() as patched:
@@ -154,6 +160,7 @@ def test_a_run_killed_before_its_first_checkpoint_began_when_it_began(settings, 
     assert second["time"] > first["time"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_interval", [1, 4, 5])
 def test_lines_after_a_resume_are_of_all_their_steps(settings, rows, monkeypatch, tmp_path, log_interval):
     train = {"log_interval": log_interval}
@@ -166,6 +173,7 @@ def test_lines_after_a_resume_are_of_all_their_steps(settings, rows, monkeypatch
     assert {row["step"]: row["loss"] for row in rows(tmp_path / "parts")} == whole
 
 
+@pytest.mark.slow
 def test_skips_between_two_log_lines_are_seen(settings, rows, monkeypatch):
     poison(monkeypatch, range(5, 8))
     arguments = settings(guard=GuardConfig(max_skips=3, window=3), train={"log_interval": 12})
@@ -173,6 +181,7 @@ def test_skips_between_two_log_lines_are_seen(settings, rows, monkeypatch):
     assert [row["path"] for row in rows(arguments["out_dir"], "rewind")] == ["step-00000004"]
 
 
+@pytest.mark.slow
 def test_a_rewind_takes_the_checkpoint_with_the_fewest_skips_where_none_is_without(settings, rows, monkeypatch):
     poison(monkeypatch, range(1, 10, 2))
     arguments = settings(guard=GuardConfig(max_skips=4, window=100), train={"save_interval": 2})
@@ -188,6 +197,7 @@ def test_a_run_that_could_take_no_step_is_not_done(settings, monkeypatch):
     assert not (arguments["out_dir"] / "final").exists()
 
 
+@pytest.mark.slow
 def test_the_first_save_is_given_time_by_its_size_and_later_ones_by_the_last(settings, monkeypatch):
     seen = []
     step = loop._step

@@ -365,6 +365,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_wandb_with_a_key_that_a_server_refuses_goes_on_offline(tmp_path, monkeypatch, caplog):
     """wandb itself, whose service holds the id of the run that failed."""
     import wandb
@@ -515,6 +516,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, places):
     assert "stuck_in_the_data" in (tmp_path / "watchdog" / "rank-00001.stack").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_lives_joins_one_that_gives_up_and_is_not_said_to_be_silent(tmp_path):
     ranks = [start_hanging(tmp_path, 0, 7, 4, timeout_s=1.0), start_hanging(tmp_path, 1, 8, 4, timeout_s=3.0)]
     outputs = [process.communicate(timeout=50)[1] for process in ranks]
@@ -524,6 +526,7 @@ def test_a_rank_that_lives_joins_one_that_gives_up_and_is_not_said_to_be_silent(
     assert json.loads((tmp_path / "watchdog" / "rank-00001.json").read_text())["silent_s"] < 3.0
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_and_not_the_one_that_waits_for_it(tmp_path):
     ranks = [start_hanging(tmp_path, 0, 7, 4, timeout_s=1.0), start_hanging(tmp_path, 1, 7, 4, timeout_s=1.0)]
     try:

@@ -82,8 +82,8 @@ def test_a_run_without_an_end_in_sight_is_planned_and_trained(settings, caplog):
         pretrain(**settings(dry_run=True, train=limits))
         assert "about more than a year on 1 x" in caplog.text
         caplog.clear()
-        pretrain(**settings(train=limits | {"max_time": 0.5, "log_interval": 1, "save_interval": None}))
-    assert "| more than a year left" in caplog.text
+        pretrain(**settings(train=limits | {"max_time": 1.0, "log_interval": 1, "save_interval": None}))
+    assert "time is up after step" in caplog.text
 
 
 @pytest.mark.parametrize(
