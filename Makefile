@@ -32,7 +32,7 @@ fix: env ## Let the tools mend what they can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: env ## The fast tests, under a minute
+test: env ## The fast tests, about a minute
 	$(BIN)/pytest -q -m "not gpu and not ($(SLOW))"
 
 test-slow: env ## The rest that needs no GPU: real clusters, kills, whole pipelines
