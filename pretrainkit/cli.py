@@ -16,6 +16,7 @@ from typing import Any
 
 from pretrainkit._version import __version__
 from pretrainkit.errors import Interrupted, PretrainKitError, StorageError
+from pretrainkit.leave import leave
 from pretrainkit.registry import Registry
 from pretrainkit.values import mask_secrets
 
@@ -102,19 +103,19 @@ def run_cli(
     except PretrainKitError as error:
         if debug:
             raise
-        sys.exit(_complain(error))
+        leave(_complain(error))
     except PermissionError as error:  # of whatever file: it is for the user to mend
         if debug:
             raise
         path = str(error.filename or error)
-        sys.exit(_complain(StorageError(f"no permission for {path}; have it changed, or give another path")))
+        leave(_complain(StorageError(f"no permission for {path}; have it changed, or give another path")))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
     except KeyboardInterrupt:
         if debug:
             raise
-        sys.exit(_complain(_ctrl_c()))
-    sys.exit(0)
+        leave(_complain(_ctrl_c()))
+    leave(0)
 
 
 def _ctrl_c() -> Interrupted:

@@ -20,7 +20,7 @@ LAYERS = [
     ["errors"],
     ["values"],
     ["config"],
-    ["arrow", "deferred", "direct", "locks", "memory", "registry", "remote", "signals", "storage", "topology"],
+    ["arrow", "deferred", "direct", "leave", "locks", "memory", "registry", "remote", "signals", "storage", "topology"],
     ["arguments", "metadata", "records", "statistics"],
     ["verify", "formats"],
     ["documents", "tokenizers", "models", "launchers", "plan"],

@@ -34,6 +34,7 @@ from pretrainkit.launchers import (
     unpack_error,
 )
 from pretrainkit.launchers.slurm import variables
+from pretrainkit.leave import leave
 from pretrainkit.topology import Topology
 
 _GRACE_S = 30.0  # for the others to end after one has failed
@@ -224,7 +225,8 @@ def _work(
         run_entry(entry, config)
     except PretrainKitError as error:
         words.send_bytes(pack_error(error))
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
+    leave(0)
 
 
 def _obey(orders: Connection) -> None:

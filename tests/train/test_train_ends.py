@@ -228,3 +228,24 @@ def test_what_a_run_on_ray_failed_of_decides_its_exit_code():
     assert exit_code(GroupError(raised, raised)) == 1
     assert exit_code(GroupError(raised, lost)) == 75
     assert exit_code(Exception("the controller failed")) == LaunchError.exit_code == 2
+
+
+@pytest.mark.parametrize(("had_a_group", "ended"), [(True, "handlers"), (False, "handlers modules")])
+def test_after_a_process_group_the_interpreter_is_not_taken_apart(had_a_group, ended):
+    """Threads that want the GIL then would end the process with SIGABRT; see `pretrainkit.leave`."""
+    script = f"""
+import atexit, os
+from pretrainkit.leave import leave, leave_threads_alone
+
+class Module:
+    def __del__(self, say=os.write):
+        say(1, b" modules")
+
+module = Module()
+atexit.register(print, "handlers", end="")
+if {had_a_group}:
+    leave_threads_alone()
+leave(3)
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, sorted(process.stdout.split()), process.stderr) == (3, ended.split(), "")
