@@ -16,12 +16,12 @@ import sys
 import threading
 from typing import NoReturn
 
-_threads_may_live_on = threading.Event()
+_had_process_group = threading.Event()
 
 
-def leave_threads_alone() -> None:
-    """Say that this process has had a process group."""
-    _threads_may_live_on.set()
+def note_process_group() -> None:
+    """Let `leave` know that this process has had one."""
+    _had_process_group.set()
 
 
 def leave(code: int) -> NoReturn:
@@ -30,9 +30,9 @@ def leave(code: int) -> NoReturn:
     Raises:
         SystemExit: In a process that never had a process group: everybody's way to end.
     """
-    if not _threads_may_live_on.is_set():
+    if not _had_process_group.is_set():
         sys.exit(code)
-    # What an interpreter does before it is taken apart, in its order; `multiprocessing` calls these two as well.
+    # What CPython does before it takes an interpreter apart, in its order. Source: Python/pylifecycle.c, Py_FinalizeEx.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full

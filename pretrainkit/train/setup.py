@@ -23,7 +23,7 @@ import yaml
 
 from pretrainkit.config import PretrainConfig
 from pretrainkit.errors import CheckpointError, Interrupted
-from pretrainkit.leave import leave_threads_alone
+from pretrainkit.leave import note_process_group
 from pretrainkit.locks import folder_lock
 from pretrainkit.memory import keep_all_freed_memory
 from pretrainkit.models import flops_per_token, num_parameters
@@ -85,7 +85,7 @@ def train_process(config: PretrainConfig) -> None:
             _train(config, facts, fabric, begun, held)
     finally:
         if torch.distributed.is_initialized():
-            leave_threads_alone()
+            note_process_group()
             torch.distributed.destroy_process_group()
 
 

@@ -235,7 +235,7 @@ def test_after_a_process_group_the_interpreter_is_not_taken_apart(had_a_group, e
     """Threads that want the GIL then would end the process with SIGABRT; see `pretrainkit.leave`."""
     script = f"""
 import atexit, os
-from pretrainkit.leave import leave, leave_threads_alone
+from pretrainkit.leave import leave, note_process_group
 
 class Module:
     def __del__(self, say=os.write):
@@ -244,7 +244,7 @@ class Module:
 module = Module()
 atexit.register(print, "handlers", end="")
 if {had_a_group}:
-    leave_threads_alone()
+    note_process_group()
 leave(3)
 """
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
