@@ -44,7 +44,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
     max_time: float | None = None
-    """Stop after this many seconds, counted from the start of this process; leaves time to save."""
+    """Stop after this many seconds from the command's start (on Ray from the workers'); leaves time to save."""
     epochs: float | None = None
     """Stop after this many passes over the dataset. With none of the four limits given: one pass."""
     max_seq_length: int | None = None

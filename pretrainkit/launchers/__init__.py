@@ -43,13 +43,15 @@ def launch(entry: str, config: PretrainConfig) -> None:
     """Run a function in every process of a run; returns when it has ended everywhere that this process answers for.
 
     Args:
-        entry: "module:function", called with the configuration.
+        entry: "module:function", called with the configuration and with when the run began, in `time.monotonic()` of
+            its machine.
         config: Says how many processes, and who starts them.
 
     Raises:
         LaunchError: The processes cannot be started, or the environment contradicts the configuration.
     """
-    LAUNCHERS.get(choose(config, os.environ))(entry, config)
+    begun = time.monotonic()  # before PyTorch is imported
+    LAUNCHERS.get(choose(config, os.environ))(entry, config, begun)
 
 
 def choose(config: PretrainConfig, environ: Mapping[str, str], ray_note: Path = _RAY_NOTE) -> str:
@@ -102,10 +104,10 @@ def _check_nodes(config: PretrainConfig, place: Topology) -> None:
         )
 
 
-def run_entry(entry: str, config: PretrainConfig) -> None:
+def run_entry(entry: str, config: PretrainConfig, begun: float) -> None:
     """Import and call "module:function"."""
     module, _, function = entry.partition(":")
-    getattr(importlib.import_module(module), function)(config)
+    getattr(importlib.import_module(module), function)(config, begun)
 
 
 def pack_error(error: PretrainKitError) -> bytes:

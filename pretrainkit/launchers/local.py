@@ -57,7 +57,7 @@ class _Worker:
     """Killed by us, so that its end says nothing."""
 
 
-def launch(entry: str, config: PretrainConfig) -> None:
+def launch(entry: str, config: PretrainConfig, begun: float) -> None:
     """Run on every device of this machine.
 
     Raises:
@@ -66,7 +66,7 @@ def launch(entry: str, config: PretrainConfig) -> None:
     """
     count = num_processes(config)
     if count == 1:
-        run_entry(entry, config)
+        run_entry(entry, config, begun)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ def launch(entry: str, config: PretrainConfig) -> None:
     workers: list[_Worker] = []
     with _passing_on(workers) as heard:
         with _ctrl_c_blocked():
-            workers.extend(_start(entry, config, rank, count, port) for rank in range(count))
+            workers.extend(_start(entry, config, begun, rank, count, port) for rank in range(count))
         if heard:  # before all of them were there
             _order(workers, heard[0][0])
         failure = _first_failure(workers, heard)
@@ -100,12 +100,12 @@ def num_processes(config: PretrainConfig) -> int:
     return config.devices
 
 
-def _start(entry: str, config: PretrainConfig, rank: int, count: int, port: int) -> _Worker:
+def _start(entry: str, config: PretrainConfig, begun: float, rank: int, count: int, port: int) -> _Worker:
     place = Topology(launcher="torchrun", rank=rank, world_size=count, local_rank=rank, local_world_size=count)
     context = multiprocessing.get_context("spawn")
     orders, send_orders = context.Pipe(duplex=False)
     words, send_words = context.Pipe(duplex=False)
-    arguments = (entry, config, variables(place, "127.0.0.1", port), orders, send_words, os.getpid())
+    arguments = (entry, config, begun, variables(place, "127.0.0.1", port), orders, send_words, os.getpid())
     process = context.Process(target=_work, args=arguments, daemon=True, name=f"rank-{rank}")
     process.start()
     orders.close()
@@ -212,7 +212,13 @@ def _failure(worker: _Worker, heard: list[tuple[int, float]]) -> PretrainKitErro
 
 
 def _work(
-    entry: str, config: PretrainConfig, environment: dict[str, str], orders: Connection, words: Connection, parent: int
+    entry: str,
+    config: PretrainConfig,
+    begun: float,
+    environment: dict[str, str],
+    orders: Connection,
+    words: Connection,
+    parent: int,
 ) -> None:
     """A worker's main function."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -222,7 +228,7 @@ def _work(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.update(environment)
     try:
-        run_entry(entry, config)
+        run_entry(entry, config, begun)
     except PretrainKitError as error:
         words.send_bytes(pack_error(error))
         leave(error.exit_code)

@@ -34,7 +34,7 @@ MAX_FAILURES = 10  # restarts of a run by Ray
 _POLL_S = 1.0  # how often a worker asks whether to stop
 
 
-def launch(entry: str, config: PretrainConfig) -> None:
+def launch(entry: str, config: PretrainConfig, begun: float) -> None:  # noqa: ARG001 - workers have their clocks
     """Run on `num_nodes` x `devices` workers of the cluster this machine belongs to.
 
     Raises:
@@ -200,9 +200,10 @@ def _work(arguments: dict[str, Any]) -> bytes | None:
     os.environ["WORLD_SIZE"] = str(context.get_world_size())
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    begun = time.monotonic()
     threading.Thread(target=_listen, args=(arguments["stop_key"],), name="stop", daemon=True).start()
     try:
-        run_entry(arguments["entry"], arguments["config"])
+        run_entry(arguments["entry"], arguments["config"], begun)
     except PretrainKitError as error:
         logger.error("error: %s", error)  # noqa: TRY400 - a mistake of the user's has no traceback
         return pack_error(error)

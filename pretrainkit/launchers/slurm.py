@@ -19,7 +19,7 @@ from pretrainkit.topology import Topology, detect
 _FIRST_PORT, _PORTS = 15_000, 20_000  # below the range from which systems take ports for outgoing connections
 
 
-def launch(entry: str, config: PretrainConfig) -> None:
+def launch(entry: str, config: PretrainConfig, begun: float) -> None:
     """Run in this process, after translating the environment.
 
     Raises:
@@ -34,7 +34,7 @@ def launch(entry: str, config: PretrainConfig) -> None:
             f"the first node's name {address!r} leads to no address ({error}); set MASTER_ADDR"
         ) from error
     os.environ.update(translated)
-    run_entry(entry, config)
+    run_entry(entry, config, begun)
 
 
 def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -6,6 +6,6 @@ from pretrainkit.config import PretrainConfig
 from pretrainkit.launchers import run_entry
 
 
-def launch(entry: str, config: PretrainConfig) -> None:
+def launch(entry: str, config: PretrainConfig, begun: float) -> None:
     """Run in this process."""
-    run_entry(entry, config)
+    run_entry(entry, config, begun)

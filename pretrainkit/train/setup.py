@@ -13,7 +13,6 @@ import gc
 import logging
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,16 @@ _SIGNAL_GRACE_S = 2.0
 _HOLDER_GRACE_S = 5.0
 
 
-def train_process(config: PretrainConfig) -> None:
+def train_process(config: PretrainConfig, begun: float) -> None:
     """This process's part of a run; its place is read from the environment.
+
+    Args:
+        config: The same in every process.
+        begun: When the run began, in `time.monotonic()`: what `train.max_time` counts from.
 
     Raises:
         PretrainKitError: Whatever is wrong with the configuration, the data or a checkpoint, the same on every rank.
     """
-    begun = time.monotonic()
     keep_all_freed_memory()
     topology = detect(os.environ)
     facts = look_at(config, topology.world_size)

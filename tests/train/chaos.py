@@ -102,7 +102,7 @@ def _be_rank(config: PretrainConfig, rank: int, world_size: int, port: int, log:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         torch.set_num_threads(1)
         try:
-            train_process(config)
+            train_process(config, time.monotonic())
             code = 0
         except PretrainKitError as error:
             sys.stderr.write(f"error: {error}\n")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAILING = """
 import os, signal, sys
 
-def train(config):
+def train(config, begun):
     from pretrainkit.errors import InputError
     from pretrainkit.train import loop, setup
     step = loop._step
@@ -36,7 +36,7 @@ def train(config):
         step(run, loader)
     if os.environ["RANK"] == "1":
         loop._step = failing
-    setup.train_process(config)
+    setup.train_process(config, begun)
 
 if __name__ == "__main__":
     from pretrainkit import cli, launchers
@@ -166,7 +166,7 @@ def test_a_crash_of_one_rank_shows_its_traceback_alone(start):
     assert "error: rank-1 ended with 1; its last lines are above" in output
 
 
-def interrupted_first(config: PretrainConfig) -> None:
+def interrupted_first(config: PretrainConfig, begun: float) -> None:
     """A worker that was not yet listening: the terminal's Ctrl+C, then the parent's word."""
     os.kill(os.getpid(), signal.SIGINT)  # which a worker does not hear
     (config.out_dir / f"here-{os.environ['RANK']}").touch()
@@ -182,7 +182,7 @@ from pretrainkit.launchers.local import launch
 def run():
     "Run."
     settings = config.PretrainConfig(model_name="m", dataset_path="d", devices=2, out_dir=Path({str(tmp_path)!r}))
-    launch("{__name__}:interrupted_first", settings)
+    launch("{__name__}:interrupted_first", settings, 0.0)
 if __name__ == "__main__":
     cli.run_cli(run, [])
 """

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,14 @@ from pretrainkit.config import (
     LossConfig,
     OptimizerArgs,
     OptimizerConfig,
+    PretrainConfig,
     ScheduleConfig,
 )
 from pretrainkit.errors import CheckpointError, ConfigError, DatasetError, Interrupted, StorageError, TrainingError
 from pretrainkit.locks import folder_lock
 from pretrainkit.train import checkpoint, loop, parallel, pretrain
 from pretrainkit.train.manifest import MANIFEST_FILENAME
+from pretrainkit.train.setup import train_process
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -261,6 +264,13 @@ def test_max_time_leaves_room_for_the_save_and_the_run_can_go_on(settings, rows)
     assert 0 < end["step"] < 100_000
     assert all(0 <= row["remaining_s"] < 3.0 for row in rows(arguments["out_dir"]))
     assert (arguments["out_dir"] / "final" / MANIFEST_FILENAME).is_file()
+
+
+def test_max_time_counts_from_where_the_command_began(settings, rows):
+    """Importing PyTorch is part of it, which takes half a minute from a shared disk."""
+    arguments = settings(train={"max_steps": 100_000, "max_time": 900.0, "save_interval": None})
+    train_process(PretrainConfig(**arguments), time.monotonic() - 1000.0)
+    assert rows(arguments["out_dir"], "end")[0]["step"] <= 2
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
